@@ -1,7 +1,24 @@
 """Decoupled Knowledge Distillation (Zhao et al., CVPR 2022) for Hugging Face Transformers."""
 
+from .data import DataCollatorWithTeacherInputs
 from .losses import decoupled_kl, dkd_loss, kd_loss
+from .mixin import DKDMixin
+from .teacher import Teacher
+from .trainer import DKDSeq2SeqTrainer, DKDTrainer
+from .training_args import DKDArgumentsMixin, DKDSeq2SeqTrainingArguments, DKDTrainingArguments
 
 __version__ = "0.1.0"
 
-__all__ = ["decoupled_kl", "dkd_loss", "kd_loss"]
+__all__ = [
+    "DKDArgumentsMixin",
+    "DKDMixin",
+    "DKDSeq2SeqTrainer",
+    "DKDSeq2SeqTrainingArguments",
+    "DKDTrainer",
+    "DKDTrainingArguments",
+    "DataCollatorWithTeacherInputs",
+    "Teacher",
+    "decoupled_kl",
+    "dkd_loss",
+    "kd_loss",
+]

@@ -97,7 +97,9 @@ def row_divergences(
 ) -> tuple[Tensor, Tensor]:
     """`decoupled_kl` without its checks: nothing is read from the device."""
     student_odds, student_others = _split_at_target(_scaled(student_logits, teacher_logits, temperature), labels)
-    teacher_odds, teacher_others = _split_at_target(_scaled(teacher_logits.detach(), student_logits, temperature), labels)
+    teacher_odds, teacher_others = _split_at_target(
+        _scaled(teacher_logits.detach(), student_logits, temperature), labels
+    )
     tckd = _kl(_binary_log_probs(teacher_odds), _binary_log_probs(student_odds))
     return tckd, _kl(teacher_others, student_others)
 
@@ -182,7 +184,9 @@ def _check_logits(student_logits: Tensor, teacher_logits: Tensor, temperature: f
 
 def _check_labels(labels: Tensor, shape: torch.Size) -> None:
     if labels.shape != shape[:1]:
-        raise ValueError(f"labels have shape {tuple(labels.shape)}; expected ({shape[0]},), one for each row of logits.")
+        raise ValueError(
+            f"labels have shape {tuple(labels.shape)}; expected ({shape[0]},), one for each row of logits."
+        )
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
         raise ValueError(f"labels are {labels.dtype}; expected class indices of an integer type, such as torch.int64.")
 

@@ -1,0 +1,126 @@
+"""Which kind of head a model has, and so where its labels stand beside its logits."""
+
+from collections.abc import Mapping
+from enum import StrEnum
+from functools import lru_cache
+
+from torch import nn
+from transformers.models.auto import modeling_auto as auto
+
+
+class Head(StrEnum):
+    """Kinds of heads that emit class or token logits, by the shape of their logits and the place of their labels."""
+
+    CLASSIFICATION = "classification"
+    """(B, C), labels (B,): images, video, audio, text."""
+    TOKEN_CLASSIFICATION = "token_classification"
+    """(B, L, C), labels (B, L)."""
+    MULTIPLE_CHOICE = "multiple_choice"
+    """(B, choices), labels (B,); choices have no names."""
+    QUESTION_ANSWERING = "question_answering"
+    """Start and end logits, (B, L) each; `start_positions` and `end_positions` (B,)."""
+    LM = "lm"
+    """(B, L, vocabulary), labels (B, L) aligned with the logits: masked and sequence-to-sequence language models."""
+    CAUSAL_LM = "causal_lm"
+    """(B, L, vocabulary), where the logits at a position predict the label at the next one."""
+
+    @property
+    def has_named_classes(self) -> bool:
+        """Whether `config.id2label` names the columns of the logits."""
+        return self in (Head.CLASSIFICATION, Head.TOKEN_CLASSIFICATION)
+
+    @property
+    def has_vocabulary(self) -> bool:
+        """Whether the columns of the logits are the rows of a vocabulary."""
+        return self in (Head.LM, Head.CAUSAL_LM)
+
+
+# Sequence-to-sequence stands before masked LM, which lists BART's class too.
+_FAMILIES: tuple[tuple[str, Mapping[str, str | tuple[str, ...]], Head], ...] = (
+    ("AutoModelForImageClassification", auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES, Head.CLASSIFICATION),
+    ("AutoModelForVideoClassification", auto.MODEL_FOR_VIDEO_CLASSIFICATION_MAPPING_NAMES, Head.CLASSIFICATION),
+    ("AutoModelForAudioClassification", auto.MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING_NAMES, Head.CLASSIFICATION),
+    ("AutoModelForSequenceClassification", auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES, Head.CLASSIFICATION),
+    (
+        "AutoModelForNextSentencePrediction",
+        auto.MODEL_FOR_NEXT_SENTENCE_PREDICTION_MAPPING_NAMES,
+        Head.CLASSIFICATION,
+    ),
+    ("AutoModelForTokenClassification", auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES, Head.TOKEN_CLASSIFICATION),
+    ("AutoModelForMultipleChoice", auto.MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES, Head.MULTIPLE_CHOICE),
+    ("AutoModelForQuestionAnswering", auto.MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES, Head.QUESTION_ANSWERING),
+    (
+        "AutoModelForDocumentQuestionAnswering",
+        auto.MODEL_FOR_DOCUMENT_QUESTION_ANSWERING_MAPPING_NAMES,
+        Head.QUESTION_ANSWERING,
+    ),
+    ("AutoModelForSeq2SeqLM", auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES, Head.LM),
+    ("AutoModelForSpeechSeq2Seq", auto.MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES, Head.LM),
+    ("AutoModelForMaskedLM", auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES, Head.LM),
+    ("AutoModelForCausalLM", auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, Head.CAUSAL_LM),
+    ("AutoModelForImageTextToText", auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, Head.CAUSAL_LM),
+)
+
+# Decoders that AutoModelForCausalLM loads but whose forward compares logits and labels at the same position.
+_UNSHIFTED_DECODERS = frozenset(
+    {
+        "BartForCausalLM",
+        "BigBirdPegasusForCausalLM",
+        "BlenderbotForCausalLM",
+        "BlenderbotSmallForCausalLM",
+        "CpmAntForCausalLM",
+        "MBartForCausalLM",
+        "MarianForCausalLM",
+        "MvpForCausalLM",
+        "PLBartForCausalLM",
+        "PegasusForCausalLM",
+        "ProphetNetForCausalLM",
+        "TrOCRForCausalLM",
+        "WhisperForCausalLM",
+        "XLMWithLMHeadModel",
+        "XLNetLMHeadModel",
+    }
+)
+
+# Their logits carry a dimension more than rows of classes: one for each codebook.
+_WITHOUT_ROWS = frozenset({"MusicgenForCausalLM", "MusicgenMelodyForCausalLM"})
+
+
+def bare_model(model: nn.Module) -> nn.Module:
+    """The model below the wrappers of peft and `torch.compile`: the one whose class and `forward` tell its kind."""
+    model = getattr(model, "_orig_mod", model)
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def head_of(model: nn.Module) -> Head | None:
+    """The kind of head of `model`, from its architecture; None where the architecture is not known.
+
+    `model.loss_type` does not tell: it is None for GPT2LMHeadModel, BertLMHeadModel and multiple choice, and names the
+    shifting loss for T5 and BART, which do not shift.
+    """
+    model = bare_model(model)
+    family = _family(type(model))
+    if family is None:
+        return None
+    head = family[1]
+    if head is Head.CAUSAL_LM and getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return Head.LM
+    return head
+
+
+def auto_class_name(model: nn.Module) -> str | None:
+    """Name of the Auto class in transformers that loads models of the same kind as `model`; None where unknown."""
+    family = _family(type(bare_model(model)))
+    return family[0] if family else None
+
+
+@lru_cache
+def _family(model_class: type) -> tuple[str, Head] | None:
+    names = {parent.__name__ for parent in model_class.__mro__}
+    if names & _WITHOUT_ROWS:
+        return None
+    for auto_name, mapping, head in _FAMILIES:
+        listed = {name for value in mapping.values() for name in ((value,) if isinstance(value, str) else value)}
+        if names & listed:
+            return auto_name, Head.LM if names & _UNSHIFTED_DECODERS else head
+    return None

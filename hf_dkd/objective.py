@@ -1,0 +1,85 @@
+"""The distillation objective on rows, as sums, and the running terms that are logged."""
+
+from typing import NamedTuple
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from .losses.decoupled import row_divergences, row_kl, student_masks_mass, unusable_teacher_rows, weighted_sum
+from .rows import IGNORE_INDEX, Rows
+from .training_args import DKDArgumentsMixin
+
+
+class DistillationSums(NamedTuple):
+    """Sums over rows, scalars; `dkd` alone carries a gradient."""
+
+    dkd: Tensor
+    """T²·(α·TCKD + β·NCKD); with `distillation="kd"`, α·T²·KL. The warm-up weight is not in it."""
+    tckd: Tensor
+    nckd: Tensor
+    teacher_agreement: Tensor
+    """Rows where the argmaxes of student and teacher are the same class."""
+
+
+def distillation_sums(rows: Rows, settings: DKDArgumentsMixin) -> DistillationSums:
+    """The distillation term of `rows` and its parts, at the temperature and weights of `settings`."""
+    student, teacher, labels = rows
+    temperature = settings.dkd_temperature
+    if settings.distillation == "kd":
+        terms = settings.dkd_alpha * row_kl(student, teacher, temperature=temperature)
+        tckd, nckd = row_divergences(student.detach(), teacher, labels, temperature=temperature)
+    else:
+        tckd, nckd = row_divergences(student, teacher, labels, temperature=temperature)
+        terms = weighted_sum(tckd, nckd, settings.dkd_alpha, settings.dkd_beta)
+    return DistillationSums(
+        dkd=temperature**2 * terms.sum(),
+        tckd=tckd.detach().sum(),
+        nckd=nckd.detach().sum(),
+        teacher_agreement=(student.argmax(1) == teacher.argmax(1)).sum(),
+    )
+
+
+def unusable_rows(rows: Rows) -> Tensor:
+    """(R,) booleans: rows whose divergence is undefined or infinite, whatever the student learned."""
+    return unusable_teacher_rows(rows.teacher, rows.labels) | student_masks_mass(rows.student, rows.teacher)
+
+
+def step_scale(total: Tensor | int, processes: int) -> Tensor | float:
+    """What a sum over a process's rows is multiplied by, so that the processes' average is a mean over `total` rows."""
+    return processes / (total.clamp(min=1) if isinstance(total, Tensor) else max(total, 1))
+
+
+def share_of_step(mean: Tensor, count: Tensor, scale: Tensor | float) -> Tensor:
+    """A mean over `count` rows as its share of the optimizer step: exactly 0 where no row made the mean NaN."""
+    return torch.where(count > 0, mean, 0.0) * count * scale
+
+
+def cross_entropy_sum(logits: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy of logits (..., C) at labels (...), summed over the rows whose label is not -100, in fp32 or more."""
+    rows, dtype = logits.flatten(0, -2), torch.promote_types(logits.dtype, torch.float32)
+    return cross_entropy(rows.to(dtype), labels.flatten(), ignore_index=IGNORE_INDEX, reduction="sum")
+
+
+class RunningTerms:
+    """Sums of named scalars, kept on their device until they are asked for, on every process at once."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+
+    def __bool__(self) -> bool:
+        return bool(self._sums)
+
+    def add(self, **terms: Tensor) -> None:
+        """Add one scalar to each named sum. Nothing is read from the device."""
+        for name, value in terms.items():
+            value = value.detach().double() if value.device.type == "cpu" else value.detach().float()
+            self._sums[name] = self._sums[name] + value if name in self._sums else value
+
+    def drain(self, accelerator: Accelerator, reduction: str = "mean") -> dict[str, float]:
+        """The sums, reduced over processes (`"mean"` or `"sum"`), and start again from none. A collective call."""
+        names = list(self._sums)
+        totals = accelerator.reduce(torch.stack([self._sums[name] for name in names]), reduction=reduction)
+        self._sums = {}
+        return dict(zip(names, totals.tolist(), strict=True))

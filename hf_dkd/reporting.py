@@ -1,0 +1,58 @@
+"""What a distillation leaves for people to read: the section of the model card, the curves."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from .training_args import DKDArgumentsMixin
+
+_TERMS = {
+    "loss": "training loss",
+    "ce": "CE, the hard-label loss",
+    "tckd": "TCKD",
+    "nckd": "NCKD",
+    "dkd": "weighted distillation term",
+    "teacher_agreement": "agreement with the teacher",
+}
+
+
+def add_to_model_card(
+    output_dir: str | Path, teacher_name: str, settings: DKDArgumentsMixin, log_history: Sequence[Mapping[str, Any]]
+) -> None:
+    """Append to `output_dir/README.md` a section that names the teacher, the settings and the final terms."""
+    with (Path(output_dir) / "README.md").open("a", encoding="utf-8") as card:
+        card.write(distillation_section(teacher_name, settings, log_history))
+
+
+def distillation_section(
+    teacher_name: str, settings: DKDArgumentsMixin, log_history: Sequence[Mapping[str, Any]]
+) -> str:
+    """The Markdown section on a distillation, from the trainer's settings and its log history."""
+    decoupled = settings.distillation == "dkd"
+    method = (
+        "decoupled knowledge distillation ([Zhao et al., CVPR 2022](https://arxiv.org/abs/2203.08679))"
+        if decoupled
+        else "classical knowledge distillation ([Hinton et al., 2015](https://arxiv.org/abs/1503.02531))"
+    )
+    rows = {
+        "teacher": f"`{teacher_name}`",
+        "α": f"{settings.dkd_alpha:g}",
+        **({"β": f"{settings.dkd_beta:g}"} if decoupled else {}),
+        "T": f"{settings.dkd_temperature:g}",
+        "CE weight": f"{settings.ce_weight:g}",
+        "warm-up": _warmup(settings),
+    }
+    last = next((entry for entry in reversed(log_history) if "dkd" in entry), {})
+    rows |= {f"final {label}": f"{last[name]:.4g}" for name, label in _TERMS.items() if name in last}
+    table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
+    return (
+        f"\n## Distillation\n\nThis model was trained by {method} with `hf_dkd`.\n\n"
+        f"| setting | value |\n| --- | --- |\n{table}\n"
+    )
+
+
+def _warmup(settings: DKDArgumentsMixin) -> str:
+    if settings.dkd_warmup_epochs:
+        return f"{settings.dkd_warmup_epochs:g} epochs"
+    steps = settings.dkd_warmup_steps
+    return f"{steps:.0%} of all steps" if 0 < steps < 1 else f"{steps:g} steps"

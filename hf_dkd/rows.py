@@ -1,0 +1,214 @@
+"""(outputs, labels) of any head → rows: one row of logits and one label for each decision that is trained.
+
+A label of -100 marks a position without a decision. `aligned_labels` puts every label where its logits stand, so that
+what follows is the same for all heads: compare shapes, keep the labelled rows, align the classes.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from .heads import Head
+
+IGNORE_INDEX = -100
+
+# Vocabularies are padded to a multiple of at most this many rows; what differs by more is another vocabulary.
+_MOST_PADDING_ROWS = 1024
+
+
+class Rows(NamedTuple):
+    """Rows of student and teacher over the same classes, (R, C) each, and their labels (R,), all labelled."""
+
+    student: Tensor
+    teacher: Tensor
+    labels: Tensor
+
+
+def label_columns(head: Head, label_names: Sequence[str] = ("labels",)) -> tuple[str, ...]:
+    """The columns of a batch that hold the labels; `label_names` is Trainer's, for models with other names."""
+    if head is Head.QUESTION_ANSWERING:
+        return ("start_positions", "end_positions")
+    return ("labels",) if "labels" in label_names or not label_names else tuple(label_names[:1])
+
+
+def has_labels(head: Head, batch: Mapping[str, Any], label_names: Sequence[str] = ("labels",)) -> bool:
+    """Whether `batch` brings labels for `head`."""
+    return all(batch.get(name) is not None for name in label_columns(head, label_names)) or "shift_labels" in batch
+
+
+def aligned_labels(head: Head, batch: Mapping[str, Any], label_names: Sequence[str] = ("labels",)) -> Tensor:
+    """Labels where their logits stand: (B,), (B, L), or (2, B) start and end positions; -100 where there is no label.
+
+    Raises:
+        ValueError: where the batch has no labels, or float labels (multi-label and regression targets).
+    """
+    if not has_labels(head, batch, label_names):
+        raise ValueError(
+            f"The batch has no labels for a {head} head: expected {', '.join(label_columns(head, label_names))} among "
+            f"its columns, got {', '.join(batch)}."
+        )
+    if head is Head.QUESTION_ANSWERING:
+        return _aligned_positions(batch)
+    if head is Head.CAUSAL_LM and batch.get("shift_labels") is not None:
+        return batch["shift_labels"]
+    labels = batch[label_columns(head, label_names)[0]]
+    if labels.is_floating_point():
+        raise ValueError(
+            f"The labels are {labels.dtype} of shape {tuple(labels.shape)}, as for regression or several labels per "
+            f"example. Distilling a {head} head takes one class index per decision (torch.int64)."
+        )
+    if head is Head.CAUSAL_LM:
+        return pad(labels[..., 1:], (0, 1), value=IGNORE_INDEX)
+    return labels.reshape(-1) if head in (Head.CLASSIFICATION, Head.MULTIPLE_CHOICE) else labels
+
+
+def count_labelled(head: Head, batch: Mapping[str, Any], label_names: Sequence[str] = ("labels",)) -> Tensor:
+    """The number of labelled rows in `batch`, a scalar on its device. Float labels count one row an example."""
+    if head is not Head.QUESTION_ANSWERING:
+        labels = batch.get(label_columns(head, label_names)[0])
+        if labels is not None and labels.is_floating_point():
+            return torch.tensor(len(labels), device=labels.device)
+    return (aligned_labels(head, batch, label_names) != IGNORE_INDEX).sum()
+
+
+def without_labels_from(
+    head: Head, batch: Mapping[str, Any], first: int, label_names: Sequence[str] = ("labels",)
+) -> dict[str, Any]:
+    """A copy of `batch` whose examples from index `first` on have no label. Float labels stay as they are."""
+    changed = dict(batch)
+    for name in (*label_columns(head, label_names), "shift_labels"):
+        labels = batch.get(name)
+        if isinstance(labels, Tensor) and not labels.is_floating_point():
+            # Question answering ignores positions past the end of the window instead.
+            ignored = torch.iinfo(labels.dtype).max if head is Head.QUESTION_ANSWERING else IGNORE_INDEX
+            changed[name] = labels.clone()
+            changed[name][first:] = ignored
+    return changed
+
+
+def logits_of(outputs: Any, whose: str) -> Tensor:
+    """The logits in a model's outputs: (B, C), (B, L, C), or start and end logits as (2, B, L).
+
+    Raises:
+        ValueError: where there are none, as with heads that fuse their loss.
+    """
+    if isinstance(outputs, Tensor):
+        return outputs
+    if isinstance(outputs, Mapping):
+        if outputs.get("logits") is not None:
+            return outputs["logits"]
+        if outputs.get("start_logits") is not None and outputs.get("end_logits") is not None:
+            return torch.stack((outputs["start_logits"], outputs["end_logits"]))
+        found = ", ".join(outputs)
+    else:
+        # With `return_dict=False` the loss, a scalar, may come first.
+        tensors = [value for value in outputs if isinstance(value, Tensor) and value.ndim >= 2]
+        if tensors:
+            return tensors[0]
+        found = f"a {type(outputs).__name__} without a tensor of two or more dimensions"
+    raise ValueError(
+        f"The {whose}'s outputs hold no logits (found: {found}). Switch off whatever fuses its loss with its head, such "
+        "as use_liger_kernel=True or a trainer's own fused loss."
+    )
+
+
+def labelled_rows(logits: Tensor, labels: Tensor, whose: str, visible: Tensor | None = None) -> Tensor:
+    """The rows of `logits` (..., C) at which `labels` (...) is not -100: (R, C).
+
+    `visible` (B, L), the attention mask of a question answering head, masks the padding out of its classes.
+
+    Raises:
+        ValueError: where logits and labels do not stand side by side.
+    """
+    if logits.shape[:-1] != labels.shape:
+        raise ValueError(
+            f"The {whose}'s logits have shape {tuple(logits.shape)} for labels of shape {tuple(labels.shape)}: expected "
+            "one row of logits for each label. Student and teacher must see the same positions; `dkd_head` overrides "
+            "the kind of head."
+        )
+    if visible is not None:
+        logits = logits.masked_fill(visible == 0, -torch.inf)
+    return logits[labels != IGNORE_INDEX]
+
+
+def aligned_rows(head: Head, student: Tensor, teacher: Tensor, labels: Tensor, order: Tensor | None = None) -> Rows:
+    """Bring labelled rows of student (R, C) and teacher (R, C) to the same classes.
+
+    Args:
+        order: the teacher's column for each of the student's classes; see `class_order`. Vocabularies that differ in
+            padding rows are cut to the rows they share.
+
+    Raises:
+        ValueError: for different numbers of classes, a single class, or labels outside the classes (on a CPU, where
+            reading values costs nothing).
+    """
+    if order is not None:
+        teacher = teacher.index_select(1, order)
+    student_classes, teacher_classes = student.shape[1], teacher.shape[1]
+    if head.has_vocabulary and abs(student_classes - teacher_classes) < _MOST_PADDING_ROWS:
+        shared = min(student_classes, teacher_classes)
+        student, teacher = student[:, :shared], teacher[:, :shared]
+    if student.shape[1] != teacher.shape[1]:
+        raise ValueError(
+            f"The student has {student_classes} classes and the teacher {teacher_classes}. They must have the same"
+            + (
+                ", but for padding rows at the end of a shared vocabulary: use models with the same tokenizer."
+                if head.has_vocabulary
+                else " classes: train the teacher on the student's labels."
+            )
+        )
+    if student.shape[1] < 2:
+        raise ValueError(
+            "The student's head has one output, as for regression. Distillation needs at least two classes."
+        )
+    if labels.device.type == "cpu" and len(labels) and not (0 <= labels.min() and labels.max() < student.shape[1]):
+        wrong = labels[(labels < 0) | (labels >= student.shape[1])][0]
+        raise ValueError(
+            f"label {wrong.item()} is outside [0, {student.shape[1]}), the classes of student and teacher. Mark "
+            f"positions without a label by {IGNORE_INDEX}."
+        )
+    return Rows(student, teacher, labels)
+
+
+def class_order(student_names: Sequence[str] | None, teacher_names: Sequence[str] | None) -> list[int] | None:
+    """The teacher's column for each of the student's classes, by name; None where the columns stand in the same order.
+
+    Names such as LABEL_0 only number the columns, so they match in order.
+
+    Raises:
+        ValueError: where both name their classes and the names differ in content.
+    """
+    if student_names is None or teacher_names is None:
+        return None
+    student_names, teacher_names = list(student_names), list(teacher_names)
+    if student_names == teacher_names or _are_generic(student_names) or _are_generic(teacher_names):
+        return None
+    only_student = [name for name in student_names if name not in teacher_names]
+    only_teacher = [name for name in teacher_names if name not in student_names]
+    if only_student or only_teacher:
+        raise ValueError(
+            f"Student and teacher name different classes: the teacher lacks {_listed(only_student)}, the student lacks "
+            f"{_listed(only_teacher)}. Set id2label of both to the same names, or tell the teacher's with "
+            "Teacher(model, label_names=[...])."
+        )
+    if len(set(student_names)) < len(student_names):
+        raise ValueError(f"Class names repeat, so they tell no order: {_listed(student_names)}. Make id2label unique.")
+    return [teacher_names.index(name) for name in student_names]
+
+
+def _aligned_positions(batch: Mapping[str, Any]) -> Tensor:
+    window = next(batch[name].shape[1] for name in ("input_ids", "inputs_embeds") if batch.get(name) is not None)
+    positions = [batch[name].reshape(-1).clamp(0, window) for name in ("start_positions", "end_positions")]
+    return torch.stack([position.masked_fill(position == window, IGNORE_INDEX) for position in positions])
+
+
+def _are_generic(names: Sequence[str]) -> bool:
+    return all(name == f"LABEL_{index}" for index, name in enumerate(names))
+
+
+def _listed(names: list[str]) -> str:
+    shown = ", ".join(repr(name) for name in names[:10])
+    return (shown + (f" and {len(names) - 10} more" if len(names) > 10 else "")) or "none"

@@ -1,0 +1,252 @@
+"""The teacher: load, freeze, place, choose its inputs, run."""
+
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers.utils import find_labels
+
+from .heads import auto_class_name, bare_model
+from .rows import logits_of
+
+TEACHER_PREFIX = "teacher_"
+
+
+class Teacher:
+    """A frozen model that emits logits: always in eval mode, without gradient, and never saved with the student.
+
+    It reads the columns that its own `forward` names; a column `teacher_X` takes the place of `X`.
+
+    Args:
+        model: a model of transformers, a peft model, or any module whose output is, or holds, the logits. It is put in
+            eval mode and, but for parameters that it shares with the student, stops requiring gradients.
+        adapter: the peft adapter of `model` to run with. Default: the one that is active.
+        label_names: the names of the classes in the order of the logits, where `model.config.id2label` does not tell.
+
+    Raises:
+        ValueError: for an adapter that the model does not have.
+    """
+
+    def __init__(self, model: nn.Module, *, adapter: str | None = None, label_names: Sequence[str] | None = None):
+        if adapter is not None and adapter not in getattr(model, "peft_config", {}):
+            known = ", ".join(getattr(model, "peft_config", {})) or "none"
+            raise ValueError(f"The teacher has no adapter {adapter!r}; its adapters: {known}.")
+        self.model = model
+        self.adapter = adapter
+        self.shares_student = False
+        self._label_names = None if label_names is None else list(label_names)
+        self._main_input_name = "input_ids"
+        self._parameters = inspect.signature(bare_model(model).forward).parameters
+
+    @classmethod
+    def from_adapter(cls, student: nn.Module, adapter_name: str | None = None) -> "Teacher":
+        """The student's own base model as its teacher, with no second copy of the weights.
+
+        Args:
+            student: the peft model that is trained.
+            adapter_name: another adapter of the same base that acts as the teacher; None switches adapters off. Head
+                weights that peft trains whole (`modules_to_save`) are then those from before training.
+
+        Raises:
+            ValueError: where the student is no peft model or lacks that adapter.
+        """
+        if not hasattr(student, "peft_config"):
+            raise ValueError(
+                f"Teacher.from_adapter needs a peft model, got {type(student).__name__}: without an adapter to switch "
+                "off, the student would teach itself. Wrap it with peft.get_peft_model first."
+            )
+        teacher = cls(student, adapter=adapter_name)
+        teacher.shares_student = True
+        return teacher
+
+    @classmethod
+    def from_pretrained(
+        cls, name_or_path: str, student: nn.Module, *, revision: str | None = None, **init_kwargs: Any
+    ) -> "Teacher":
+        """Load a teacher from a path or the Hub by the Auto class that loads models of the student's kind.
+
+        Weights are read from safetensors, and no remote code runs, unless `init_kwargs` says otherwise.
+
+        Raises:
+            ValueError: where the student's architecture does not tell the Auto class.
+        """
+        auto_name = auto_class_name(student)
+        if auto_name is None:
+            raise ValueError(
+                f"Cannot tell which Auto class loads a teacher for {type(bare_model(student)).__name__}: load the teacher "
+                "yourself and pass the module, DKDTrainer(..., teacher=model)."
+            )
+        init_kwargs.setdefault("use_safetensors", True)
+        return cls(getattr(transformers, auto_name).from_pretrained(name_or_path, revision=revision, **init_kwargs))
+
+    @property
+    def name(self) -> str:
+        """Where the teacher came from, or its class."""
+        model = bare_model(self.model)
+        name = getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__
+        if not self.shares_student:
+            return name
+        return f"{name} with {'adapters off' if self.adapter is None else f'adapter {self.adapter!r}'}"
+
+    @property
+    def class_names(self) -> list[str] | None:
+        """The names of the classes, in the order of the logits; None where unknown."""
+        return self._label_names or class_names_of(self.model)
+
+    @property
+    def columns(self) -> list[str]:
+        """The columns that the teacher's `forward` names, without labels."""
+        labels = set(find_labels(type(bare_model(self.model)))) | {"labels"}
+        return [
+            name
+            for name, parameter in self._parameters.items()
+            if name not in labels and parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
+        ]
+
+    def prepare(self, student: nn.Module, device: torch.device) -> None:
+        """Freeze the teacher and put it on `device`, where it is not placed already (quantized, dispatched, shared).
+
+        Raises:
+            ValueError: where the teacher is the student, or shares parameters that are trained.
+        """
+        self._main_input_name = getattr(student, "main_input_name", "input_ids")
+        if self.shares_student:
+            return
+        students = {id(parameter): parameter.requires_grad for parameter in student.parameters()}
+        if any(students.get(id(parameter)) for parameter in self.model.parameters()):
+            raise ValueError(
+                "The teacher shares trained parameters with the student, so that it would change with it. To distil "
+                "from the student's own base model use Teacher.from_adapter(student); otherwise load a second model or "
+                "copy.deepcopy the first."
+            )
+        for parameter in self.model.parameters():
+            if id(parameter) not in students:
+                parameter.requires_grad_(False)
+        if self.adapter is not None:
+            self.model.set_adapter(self.adapter, inference_mode=True)  # type: ignore[operator]
+        self.model.eval()
+        placed = getattr(self.model, "hf_device_map", None) or getattr(self.model, "is_quantized", False)
+        if not placed:
+            self.model.to(device)
+
+    def inputs(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """What the teacher reads of `batch`: the columns its `forward` names, `teacher_`-prefixed ones first.
+
+        Raises:
+            ValueError: where there are none, or where a shared mask does not fit the teacher's own ids.
+        """
+        columns = self.columns
+        chosen = {name: batch[source] for name in columns if (source := _source(name, batch)) is not None}
+        if not chosen:
+            return self._sole_input(batch)
+        _check_lengths(chosen, batch)
+        if self._needs_decoder_inputs(chosen, batch):
+            # The model would derive them from labels, at the price of a loss nobody needs.
+            prepare = getattr(bare_model(self.model), "prepare_decoder_input_ids_from_labels", None)
+            if prepare is None:
+                chosen["labels"] = batch["labels"]
+            else:
+                chosen["decoder_input_ids"] = prepare(labels=batch["labels"])
+        if "use_cache" in self._parameters:
+            chosen["use_cache"] = False
+        return {name: self._cast(value) for name, value in chosen.items()}
+
+    @torch.no_grad()
+    def logits(self, batch: Mapping[str, Any]) -> Tensor:
+        """The teacher's logits for `batch`: (B, C), (B, L, C), or start and end logits as (2, B, L).
+
+        Computed under `no_grad` rather than `inference_mode`: autograd could not save inference tensors for the student.
+        """
+        with self._acting():
+            return logits_of(self.model(**self.inputs(batch)), "teacher")
+
+    @contextmanager
+    def _acting(self) -> Iterator[None]:
+        if not self.shares_student:
+            self.model.eval()
+            yield
+            return
+        training = [module for module in self.model.modules() if module.training]
+        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        self.model.eval()
+        try:
+            with self._adapter_of_teacher():
+                yield
+        finally:
+            # Switching adapters rewrites requires_grad: of frozen adapters too.
+            self.model.requires_grad_(False)
+            for parameter in trained:
+                parameter.requires_grad_(True)
+            for module in training:
+                module.training = True
+
+    @contextmanager
+    def _adapter_of_teacher(self) -> Iterator[None]:
+        model: Any = self.model
+        if self.adapter is None:
+            with model.disable_adapter():
+                yield
+            return
+        active = model.active_adapter
+        model.set_adapter(self.adapter)
+        try:
+            yield
+        finally:
+            model.set_adapter(active)
+
+    def _sole_input(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        required = [
+            name for name, p in self._parameters.items() if p.default is p.empty and p.kind is not p.VAR_KEYWORD
+        ]
+        source = _source(self._main_input_name, batch)
+        if len(required) == 1 and source is not None:
+            return {required[0]: self._cast(batch[source])}
+        raise ValueError(
+            f"The batch has none of the columns that the teacher reads. Its forward names {', '.join(self.columns)}; the "
+            f"batch has {', '.join(batch)}. Add the missing ones, prefixed by {TEACHER_PREFIX!r} if the student must not "
+            "see them."
+        )
+
+    def _needs_decoder_inputs(self, chosen: Mapping[str, Any], batch: Mapping[str, Any]) -> bool:
+        labels = batch.get("labels")
+        return (
+            getattr(getattr(bare_model(self.model), "config", None), "is_encoder_decoder", False)
+            and "decoder_input_ids" not in chosen
+            and "decoder_inputs_embeds" not in chosen
+            and labels is not None
+            and labels.ndim == 2
+        )
+
+    def _cast(self, value: Any) -> Any:
+        dtype = getattr(self.model, "dtype", None)
+        if isinstance(value, Tensor) and value.is_floating_point() and isinstance(dtype, torch.dtype):
+            return value.to(dtype)
+        return value
+
+
+def class_names_of(model: nn.Module) -> list[str] | None:
+    """`config.id2label` in the order of the classes; None where the model has none."""
+    names = getattr(getattr(bare_model(model), "config", None), "id2label", None)
+    return [names[index] for index in sorted(names)] if names else None
+
+
+def _source(name: str, batch: Mapping[str, Any]) -> str | None:
+    """The column of `batch` that feeds the teacher's input `name`."""
+    return next((source for source in (TEACHER_PREFIX + name, name) if batch.get(source) is not None), None)
+
+
+def _check_lengths(chosen: Mapping[str, Any], batch: Mapping[str, Any]) -> None:
+    own_ids = batch.get(TEACHER_PREFIX + "input_ids")
+    if own_ids is None:
+        return
+    for name in ("attention_mask", "token_type_ids", "position_ids"):
+        shared = chosen.get(name)
+        if shared is not None and TEACHER_PREFIX + name not in batch and shared.shape != own_ids.shape:
+            raise ValueError(
+                f"teacher_input_ids have shape {tuple(own_ids.shape)} but {name}, shared with the student, has "
+                f"{tuple(shared.shape)}: bring {TEACHER_PREFIX}{name} too. DataCollatorWithTeacherInputs makes both."
+            )

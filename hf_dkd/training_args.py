@@ -1,0 +1,146 @@
+"""The settings of a distillation, as fields of training arguments."""
+
+import json
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import Seq2SeqTrainingArguments, TrainingArguments
+
+from .heads import Head
+
+_HEADS = tuple(str(head) for head in Head)
+
+
+@dataclass
+class DKDArgumentsMixin:
+    """Fields for decoupled knowledge distillation, to be put before any `TrainingArguments` class.
+
+    The objective is ce_weight·CE + w·T²·(α·TCKD + β·NCKD) (Zhao et al., CVPR 2022, arXiv 2203.08679). CE is the hard-label
+    loss that the script would train on without a teacher. The fields are read when used, so that a hyper-parameter
+    search may change them, and are checked when built and again when training starts.
+
+    Raises:
+        ValueError: for values out of range, and for settings that exclude each other.
+    """
+
+    dkd_alpha: float = field(default=1.0, metadata={"help": "Weight of TCKD, 0 or above. With 'kd', the weight of KL."})
+    dkd_beta: float = field(
+        default=1.0,
+        metadata={"help": "Weight of NCKD, 0 or above: 1 to 2 for ViTs and confident teachers, 2 to 8 for convnets."},
+    )
+    dkd_temperature: float = field(
+        default=1.0, metadata={"help": "Temperature of both softmaxes, above 0. The paper takes 4 on CIFAR-100."}
+    )
+    ce_weight: float = field(default=1.0, metadata={"help": "Weight of the hard-label loss, 0 or above."})
+    dkd_warmup_steps: float = field(
+        default=0.0,
+        metadata={
+            "help": "Optimizer steps over which the distillation weight grows to 1; below 1: a share of them all."
+        },
+    )
+    dkd_warmup_epochs: float = field(
+        default=0.0, metadata={"help": "The same in epochs (the paper: 20 of 240). Give steps or epochs, not both."}
+    )
+    distillation: str = field(
+        default="dkd", metadata={"help": "'dkd', or 'kd' for classical distillation.", "choices": ["dkd", "kd"]}
+    )
+    dkd_head: str | None = field(
+        default=None,
+        metadata={
+            "help": f"Kind of head, where the architecture does not tell: {', '.join(_HEADS)}.",
+            "choices": _HEADS,
+        },
+    )
+    teacher_model_name_or_path: str | None = field(
+        default=None, metadata={"help": "Path or Hub id of the teacher, loaded by the Auto class of the student."}
+    )
+    teacher_model_revision: str | None = field(
+        default=None, metadata={"help": "Branch, tag or commit of the teacher on the Hub."}
+    )
+    teacher_model_init_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={"help": "Keywords of from_pretrained for the teacher, as JSON: dtype, attn_implementation, …"},
+    )
+    eval_with_teacher: bool = field(
+        default=False, metadata={"help": "Run the teacher in evaluation too and report TCKD, NCKD and agreement."}
+    )
+
+    def __post_init__(self) -> None:
+        if isinstance(self.teacher_model_init_kwargs, str):
+            self.teacher_model_init_kwargs = json.loads(self.teacher_model_init_kwargs)
+        parent = getattr(super(), "__post_init__", None)
+        if parent is not None:
+            parent()
+        self.check_distillation()
+
+    def check_distillation(self) -> None:
+        """Raise a `ValueError` that names the first setting out of range."""
+        for name in ("dkd_alpha", "dkd_beta", "ce_weight", "dkd_warmup_steps", "dkd_warmup_epochs", "dkd_temperature"):
+            # A hyper-parameter search casts to the type of the old value: an int would truncate what it tries.
+            value = float(getattr(self, name))
+            setattr(self, name, value)
+            if not math.isfinite(value) or value < 0 or (name == "dkd_temperature" and value == 0):
+                raise ValueError(f"{name} is {value}; expected a finite number {_range(name)}.")
+        if self.dkd_warmup_steps and self.dkd_warmup_epochs:
+            raise ValueError(
+                f"dkd_warmup_steps is {self.dkd_warmup_steps} and dkd_warmup_epochs is {self.dkd_warmup_epochs}; set one "
+                "of them and leave the other 0."
+            )
+        if self.dkd_warmup_steps >= 1 and not self.dkd_warmup_steps.is_integer():
+            raise ValueError(
+                f"dkd_warmup_steps is {self.dkd_warmup_steps}; expected a whole number, or a share of all steps below 1."
+            )
+        if self.distillation not in ("dkd", "kd"):
+            raise ValueError(f'distillation is {self.distillation!r}; expected "dkd" or "kd".')
+        if self.distillation == "kd" and self.dkd_beta != 1:
+            raise ValueError(
+                f'dkd_beta is {self.dkd_beta} with distillation="kd", which has no NCKD term of its own: set dkd_alpha, '
+                "the weight of its KL, and leave dkd_beta alone."
+            )
+        if self.dkd_head is not None and self.dkd_head not in _HEADS:
+            raise ValueError(f"dkd_head is {self.dkd_head!r}; expected one of {', '.join(_HEADS)}.")
+        if self.ce_weight == 0 and not self.distils:
+            raise ValueError("ce_weight and the distillation weights are all 0: nothing would be trained.")
+
+    @property
+    def distils(self) -> bool:
+        """Whether any distillation term has weight, so that the teacher must run."""
+        return self.dkd_alpha > 0 or (self.distillation == "dkd" and self.dkd_beta > 0)
+
+    def dkd_weight(self, step: int, max_steps: int, steps_per_epoch: float | None) -> float:
+        """The warm-up weight w = min(1, step / W) of optimizer step `step` = 1, 2, …; 1 without warm-up."""
+        if self.dkd_warmup_epochs:
+            if steps_per_epoch is None:
+                raise ValueError("dkd_warmup_epochs needs a data set with a length; set dkd_warmup_steps instead.")
+            warmup = self.dkd_warmup_epochs * steps_per_epoch
+        elif self.dkd_warmup_steps < 1:
+            warmup = math.ceil(self.dkd_warmup_steps * max_steps)
+        else:
+            warmup = self.dkd_warmup_steps
+        return min(1.0, step / warmup) if warmup else 1.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """As in `TrainingArguments`, with a quantization config among the teacher's keywords spelled out."""
+        values: dict[str, Any] = super().to_dict()  # type: ignore[misc]
+        keywords = values.get("teacher_model_init_kwargs")
+        if isinstance(keywords, dict) and hasattr(keywords.get("quantization_config"), "to_dict"):
+            values["teacher_model_init_kwargs"] = {
+                **keywords,
+                "quantization_config": keywords["quantization_config"].to_dict(),
+            }
+        return values
+
+
+@dataclass
+class DKDTrainingArguments(DKDArgumentsMixin, TrainingArguments):
+    """`TrainingArguments` with the fields of `DKDArgumentsMixin`."""
+
+
+@dataclass
+class DKDSeq2SeqTrainingArguments(DKDArgumentsMixin, Seq2SeqTrainingArguments):
+    """`Seq2SeqTrainingArguments` with the fields of `DKDArgumentsMixin`."""
+
+
+def _range(name: str) -> str:
+    return "above 0" if name == "dkd_temperature" else "of 0 or above"
