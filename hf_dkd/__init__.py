@@ -2,9 +2,8 @@
 
 from .data import DataCollatorWithTeacherInputs
 from .losses import decoupled_kl, dkd_loss, kd_loss
-from .mixin import DKDMixin
 from .teacher import Teacher
-from .trainer import DKDSeq2SeqTrainer, DKDTrainer
+from .trainer import DKDMixin, DKDSeq2SeqTrainer, DKDTrainer
 from .training_args import DKDArgumentsMixin, DKDSeq2SeqTrainingArguments, DKDTrainingArguments
 
 __version__ = "0.1.0"

@@ -22,7 +22,8 @@ class DataCollatorWithTeacherInputs:
         teacher_collator: makes the teacher's; labels in what it returns are dropped.
 
     Example:
-        >>> DataCollatorWithTeacherInputs(DataCollatorWithPadding(tokenizer), DataCollatorWithPadding(teacher_tokenizer))
+        >>> student, teacher = DataCollatorWithPadding(tokenizer), DataCollatorWithPadding(teacher_tokenizer)
+        >>> data_collator = DataCollatorWithTeacherInputs(student, teacher)
     """
 
     collator: Callable[[list[Any]], Mapping[str, Any]]

@@ -1,17 +1,102 @@
-"""What evaluation needs beside Trainer's own loop: exact sums on any number of processes, and the teacher's logits."""
+"""Evaluation with Trainer's own loop: exact sums on any number of processes, and the teacher beside the student."""
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import find_batch_size
 from torch import Tensor, nn
-from transformers import EvalPrediction, Trainer
+from transformers import EvalPrediction
 from transformers.trainer_utils import EvalLoopOutput
 
+from . import objective, rows
+from .distillation import DistillationTraining
 
-def real_examples(accelerator: Accelerator, batch: Mapping[str, Any]) -> int | None:
+
+class DistillationEvaluation(DistillationTraining):
+    """The evaluating half of `DKDMixin`: the student's own task loss, exact on any number of processes.
+
+    Trainer's loop does the work. The teacher runs only for `eval_with_teacher` or for metrics that want its logits.
+    """
+
+    def evaluation_loop(
+        self,
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """Trainer's, with the teacher's terms where `eval_with_teacher` asks for them."""
+        if self.gather_function == self.accelerator.gather:
+            # Seq2SeqTrainer's choice keeps the examples that fill up the last batch of several processes.
+            self.gather_function = self.accelerator.gather_for_metrics
+        self._eval_terms = objective.RunningTerms()
+        pairs = self._metrics_want_teacher()
+        with _teacher_logits_for_metrics(self) if pairs else nullcontext():
+            output = super().evaluation_loop(
+                dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix=metric_key_prefix
+            )
+        if self._eval_terms:
+            self._teacher_check.raise_if_bad(wait=True)
+            metrics: Any = output.metrics
+            sums = self._eval_terms.drain(self.accelerator, "sum")
+            count = max(sums.pop("count"), 1.0)
+            metrics.update({f"{metric_key_prefix}_{name}": total / count for name, total in sums.items()})
+        return _student_predictions_only(output) if pairs else output
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor | None, Any, Any]:
+        """Trainer's on the student alone, with the teacher beside it where evaluation asks for it."""
+        inputs = self._prepare_inputs(inputs)
+        labelled = self.head is not None and rows.has_labels(self.head, inputs, self.label_names)
+        counted = _real_examples(self.accelerator, inputs)
+        if labelled and counted is not None:
+            inputs = rows.without_labels_from(self._known_head, inputs, counted, self.label_names)
+        with self._in_evaluation(), _last_output(model) as outputs:
+            loss, logits, labels = super().prediction_step(
+                model, self._student_columns(inputs), prediction_loss_only, ignore_keys=ignore_keys, **kwargs
+            )
+        if self.teacher is not None and labelled and self.dkd_args.eval_with_teacher:
+            self._add_eval_terms(inputs, outputs[0])
+        if self._metrics_want_teacher() and logits is not None:
+            with self.accelerator.autocast():
+                return loss, (logits, self._the_teacher.logits(inputs)), labels
+        return loss, logits, labels
+
+    def _add_eval_terms(self, inputs: Mapping[str, Any], outputs: Any) -> None:
+        with torch.no_grad():
+            aligned = self._side_by_side(inputs, outputs, self._teacher_rows(inputs))
+            sums = objective.distillation_sums(aligned, self.dkd_args)
+            self._eval_terms.add(
+                tckd=sums.tckd,
+                nckd=sums.nckd,
+                teacher_agreement=sums.teacher_agreement,
+                teacher_accuracy=(aligned.teacher.argmax(1) == aligned.labels).sum(),
+                count=torch.tensor(len(aligned.labels), device=sums.tckd.device),
+            )
+
+    def _metrics_want_teacher(self) -> bool:
+        return self.teacher is not None and "teacher_logits" in self.args.include_for_metrics
+
+    @contextmanager
+    def _in_evaluation(self) -> Iterator[None]:
+        self._evaluating = True
+        try:
+            yield
+        finally:
+            self._evaluating = False
+
+
+def _real_examples(accelerator: Accelerator, batch: Mapping[str, Any]) -> int | None:
     """How many examples of this process's batch belong to the data set; None where all of them do.
 
     The last batches of several processes are filled up with examples from the start of the data set. Trainer drops what
@@ -25,7 +110,7 @@ def real_examples(accelerator: Accelerator, batch: Mapping[str, Any]) -> int | N
 
 
 @contextmanager
-def last_output(model: nn.Module) -> Iterator[list[Any]]:
+def _last_output(model: nn.Module) -> Iterator[list[Any]]:
     """A list that holds the output of the last forward of `model`: with generation that is the one with labels."""
     outputs: list[Any] = [None]
 
@@ -40,7 +125,7 @@ def last_output(model: nn.Module) -> Iterator[list[Any]]:
 
 
 @contextmanager
-def teacher_logits_for_metrics(trainer: Trainer) -> Iterator[None]:
+def _teacher_logits_for_metrics(trainer: Any) -> Iterator[None]:
     """Let predictions be pairs (student's, teacher's) in the loop, and give `compute_metrics` them apart.
 
     `compute_metrics` finds the teacher's in `EvalPrediction.teacher_logits`; `preprocess_logits_for_metrics` gets the
@@ -52,8 +137,8 @@ def teacher_logits_for_metrics(trainer: Trainer) -> Iterator[None]:
         return (logits[0] if preprocess is None else preprocess(logits[0], labels)), logits[1]
 
     def compute_with_teacher(prediction: EvalPrediction, **kwargs: Any) -> dict[str, Any]:
-        student, teacher = split_predictions(prediction.predictions)
-        apart = EvalPrediction(student, prediction.label_ids, inputs=prediction.inputs, losses=prediction.losses)
+        student, teacher = _split_predictions(prediction.predictions)
+        apart: Any = EvalPrediction(student, prediction.label_ids, inputs=prediction.inputs, losses=prediction.losses)
         apart.teacher_logits = teacher
         return compute_metrics(apart, **kwargs)
 
@@ -65,14 +150,14 @@ def teacher_logits_for_metrics(trainer: Trainer) -> Iterator[None]:
         trainer.compute_metrics, trainer.preprocess_logits_for_metrics = compute_metrics, preprocess
 
 
-def student_predictions_only(output: EvalLoopOutput) -> EvalLoopOutput:
+def _student_predictions_only(output: EvalLoopOutput) -> EvalLoopOutput:
     """The loop's output without the teacher's half of the predictions."""
     return (
-        output if output.predictions is None else output._replace(predictions=split_predictions(output.predictions)[0])
+        output if output.predictions is None else output._replace(predictions=_split_predictions(output.predictions)[0])
     )
 
 
-def split_predictions(pairs: Any) -> tuple[Any, Any]:
+def _split_predictions(pairs: Any) -> tuple[Any, Any]:
     """Predictions that are pairs, or with `eval_do_concat_batches=False` a list of pairs → (student's, teacher's)."""
     if isinstance(pairs, list):
         return [pair[0] for pair in pairs], [pair[1] for pair in pairs]

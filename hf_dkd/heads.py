@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from enum import StrEnum
 from functools import lru_cache
+from typing import Any
 
 from torch import nn
 from transformers.models.auto import modeling_auto as auto
@@ -36,7 +37,7 @@ class Head(StrEnum):
 
 
 # Sequence-to-sequence stands before masked LM, which lists BART's class too.
-_FAMILIES: tuple[tuple[str, Mapping[str, str | tuple[str, ...]], Head], ...] = (
+_FAMILIES: tuple[tuple[str, Mapping[str, Any], Head], ...] = (
     ("AutoModelForImageClassification", auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES, Head.CLASSIFICATION),
     ("AutoModelForVideoClassification", auto.MODEL_FOR_VIDEO_CLASSIFICATION_MAPPING_NAMES, Head.CLASSIFICATION),
     ("AutoModelForAudioClassification", auto.MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING_NAMES, Head.CLASSIFICATION),
@@ -86,7 +87,7 @@ _UNSHIFTED_DECODERS = frozenset(
 _WITHOUT_ROWS = frozenset({"MusicgenForCausalLM", "MusicgenMelodyForCausalLM"})
 
 
-def bare_model(model: nn.Module) -> nn.Module:
+def bare_model(model: Any) -> nn.Module:
     """The model below the wrappers of peft and `torch.compile`: the one whose class and `forward` tell its kind."""
     model = getattr(model, "_orig_mod", model)
     return model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -115,7 +116,7 @@ def auto_class_name(model: nn.Module) -> str | None:
 
 
 @lru_cache
-def _family(model_class: type) -> tuple[str, Head] | None:
+def _family(model_class: Any) -> tuple[str, Head] | None:
     names = {parent.__name__ for parent in model_class.__mro__}
     if names & _WITHOUT_ROWS:
         return None

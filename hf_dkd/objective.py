@@ -57,7 +57,7 @@ def share_of_step(mean: Tensor, count: Tensor, scale: Tensor | float) -> Tensor:
 
 
 def cross_entropy_sum(logits: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropy of logits (..., C) at labels (...), summed over the rows whose label is not -100, in fp32 or more."""
+    """Cross-entropy of logits (..., C) at labels (...), summed over the rows not labelled -100, in fp32 or more."""
     rows, dtype = logits.flatten(0, -2), torch.promote_types(logits.dtype, torch.float32)
     return cross_entropy(rows.to(dtype), labels.flatten(), ignore_index=IGNORE_INDEX, reduction="sum")
 

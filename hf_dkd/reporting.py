@@ -42,7 +42,7 @@ def distillation_section(
         "CE weight": f"{settings.ce_weight:g}",
         "warm-up": _warmup(settings),
     }
-    last = next((entry for entry in reversed(log_history) if "dkd" in entry), {})
+    last: Mapping[str, Any] = next((entry for entry in reversed(log_history) if "dkd" in entry), {})
     rows |= {f"final {label}": f"{last[name]:.4g}" for name, label in _TERMS.items() if name in last}
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
     return (

@@ -110,8 +110,8 @@ def logits_of(outputs: Any, whose: str) -> Tensor:
             return tensors[0]
         found = f"a {type(outputs).__name__} without a tensor of two or more dimensions"
     raise ValueError(
-        f"The {whose}'s outputs hold no logits (found: {found}). Switch off whatever fuses its loss with its head, such "
-        "as use_liger_kernel=True or a trainer's own fused loss."
+        f"The {whose}'s outputs hold no logits (found: {found}). Switch off whatever fuses its loss with its head, "
+        "such as use_liger_kernel=True or a trainer's own fused loss."
     )
 
 
@@ -125,9 +125,9 @@ def labelled_rows(logits: Tensor, labels: Tensor, whose: str, visible: Tensor | 
     """
     if logits.shape[:-1] != labels.shape:
         raise ValueError(
-            f"The {whose}'s logits have shape {tuple(logits.shape)} for labels of shape {tuple(labels.shape)}: expected "
-            "one row of logits for each label. Student and teacher must see the same positions; `dkd_head` overrides "
-            "the kind of head."
+            f"The {whose}'s logits have shape {tuple(logits.shape)} for labels of shape {tuple(labels.shape)}: "
+            "expected one row of logits for each label. Student and teacher must see the same positions; `dkd_head` "
+            "overrides the kind of head."
         )
     if visible is not None:
         logits = logits.masked_fill(visible == 0, -torch.inf)
@@ -164,7 +164,7 @@ def aligned_rows(head: Head, student: Tensor, teacher: Tensor, labels: Tensor, o
         raise ValueError(
             "The student's head has one output, as for regression. Distillation needs at least two classes."
         )
-    if labels.device.type == "cpu" and len(labels) and not (0 <= labels.min() and labels.max() < student.shape[1]):
+    if labels.device.type == "cpu" and len(labels) and ((labels < 0) | (labels >= student.shape[1])).any():
         wrong = labels[(labels < 0) | (labels >= student.shape[1])][0]
         raise ValueError(
             f"label {wrong.item()} is outside [0, {student.shape[1]}), the classes of student and teacher. Mark "

@@ -77,7 +77,7 @@ class Teacher:
         auto_name = auto_class_name(student)
         if auto_name is None:
             raise ValueError(
-                f"Cannot tell which Auto class loads a teacher for {type(bare_model(student)).__name__}: load the teacher "
+                f"Cannot tell which Auto class loads a teacher for {type(bare_model(student)).__name__}: load it "
                 "yourself and pass the module, DKDTrainer(..., teacher=model)."
             )
         init_kwargs.setdefault("use_safetensors", True)
@@ -159,7 +159,7 @@ class Teacher:
     def logits(self, batch: Mapping[str, Any]) -> Tensor:
         """The teacher's logits for `batch`: (B, C), (B, L, C), or start and end logits as (2, B, L).
 
-        Computed under `no_grad` rather than `inference_mode`: autograd could not save inference tensors for the student.
+        Computed under `no_grad`, not `inference_mode`: autograd could not save inference tensors for the student.
         """
         with self._acting():
             return logits_of(self.model(**self.inputs(batch)), "teacher")
@@ -206,9 +206,9 @@ class Teacher:
         if len(required) == 1 and source is not None:
             return {required[0]: self._cast(batch[source])}
         raise ValueError(
-            f"The batch has none of the columns that the teacher reads. Its forward names {', '.join(self.columns)}; the "
-            f"batch has {', '.join(batch)}. Add the missing ones, prefixed by {TEACHER_PREFIX!r} if the student must not "
-            "see them."
+            f"The batch has none of the columns that the teacher reads. Its forward names {', '.join(self.columns)}; "
+            f"the batch has {', '.join(batch)}. Add the missing ones, prefixed by {TEACHER_PREFIX!r} if the student "
+            "must not see them."
         )
 
     def _needs_decoder_inputs(self, chosen: Mapping[str, Any], batch: Mapping[str, Any]) -> bool:

@@ -10,8 +10,8 @@ from torch import Tensor
 class TeacherCheck:
     """Raises when the teacher emitted an unusable row: at once on a CPU, without stalling an accelerator elsewhere.
 
-    On an accelerator the first bad step is kept in a device scalar that is copied to the host without blocking, and read
-    when the copy has arrived, at the latest when `wait` asks for it.
+    On an accelerator the first bad step is kept in a device scalar that is copied to the host without blocking, and
+    read when the copy has arrived, at the latest when `wait` asks for it.
     """
 
     def __init__(self) -> None:

@@ -21,10 +21,67 @@ from transformers import (
     TrainingArguments,
 )
 
-from .mixin import DKDMixin
+from . import reporting
+from .evaluation import DistillationEvaluation
 from .teacher import Teacher
 
 ProcessingClass = PreTrainedTokenizerBase | BaseImageProcessor | FeatureExtractionMixin | ProcessorMixin | None
+
+
+class DKDMixin(DistillationEvaluation):
+    """Adds decoupled distillation to `Trainer` or a subclass of it: `class MyDKDTrainer(DKDMixin, MyTrainer)`.
+
+    The teacher runs in `compute_loss`, whose objective is ce_weight·CE + w·T²·(α·TCKD + β·NCKD): sums over the labelled
+    rows of the whole optimizer step, divided by their number N over all micro-batches and processes. CE is what the
+    parent class's `compute_loss` returns. Without a teacher it is the parent class, but for N where that one is wrong
+    (https://github.com/huggingface/transformers/issues/47688).
+
+    Args:
+        teacher: a module, a path or Hub id, or a `Teacher`. Default: `args.teacher_model_name_or_path`.
+
+    Raises:
+        ValueError: where a teacher is given twice, is the student, or cannot be distilled: heads of an unknown kind,
+            other class names, one class, or a parallelism that splits sequences.
+    """
+
+    def __init__(self, *args: Any, teacher: nn.Module | str | Teacher | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, teacher=teacher, **kwargs)
+        self.add_callback(_StartOfTraining(self))
+
+    def _begin_training(self) -> None:
+        self.dkd_args.check_distillation()
+        self._start_terms()
+        self._prepared_student = None
+        self._prepare_distillation()
+        if self.teacher is None:
+            self._say("No teacher: training on the task loss alone, as Trainer does.")
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Trainer's, with the terms of the loss: means over the steps since the last log, on all processes."""
+        if "loss" in logs and self._terms:
+            self._teacher_check.raise_if_bad(wait=True)
+            steps = max(self.state.global_step - self._first_step, 1)
+            logs |= {name: total / steps for name, total in self._terms.drain(self.accelerator).items()}
+            logs["dkd_weight"] = self._weight
+        super().log(logs, *args, **kwargs)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Trainer's, with a section on the distillation: the teacher, the settings and the final terms."""
+        super().create_model_card(*args, **kwargs)
+        if self.teacher is not None and self.is_world_process_zero():
+            reporting.add_to_model_card(
+                str(self.args.output_dir), self.teacher.name, self.dkd_args, self.state.log_history
+            )
+
+
+class _StartOfTraining(TrainerCallback):
+    """Checks the settings again when training starts: a search sets them after construction, within `train`."""
+
+    def __init__(self, trainer: DKDMixin) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer._begin_training()
 
 
 class DKDTrainer(DKDMixin, Trainer):
@@ -69,8 +126,8 @@ class DKDTrainer(DKDMixin, Trainer):
         )
 
 
-class DKDSeq2SeqTrainer(DKDMixin, Seq2SeqTrainer):
-    """`transformers.Seq2SeqTrainer` with a teacher; `args` are `Seq2SeqTrainingArguments` or `DKDSeq2SeqTrainingArguments`."""
+class DKDSeq2SeqTrainer(DKDMixin, Seq2SeqTrainer):  # type: ignore[misc]  # its prediction_step names gen_kwargs
+    """`transformers.Seq2SeqTrainer` with a teacher; for `args`, its own class or `DKDSeq2SeqTrainingArguments`."""
 
     def __init__(
         self,

@@ -16,9 +16,9 @@ _HEADS = tuple(str(head) for head in Head)
 class DKDArgumentsMixin:
     """Fields for decoupled knowledge distillation, to be put before any `TrainingArguments` class.
 
-    The objective is ce_weight·CE + w·T²·(α·TCKD + β·NCKD) (Zhao et al., CVPR 2022, arXiv 2203.08679). CE is the hard-label
-    loss that the script would train on without a teacher. The fields are read when used, so that a hyper-parameter
-    search may change them, and are checked when built and again when training starts.
+    The objective is ce_weight·CE + w·T²·(α·TCKD + β·NCKD) (Zhao et al., CVPR 2022, arXiv 2203.08679). CE is the
+    hard-label loss that the script would train on without a teacher. The fields are read when used, so that a
+    hyper-parameter search may change them, and are checked when built and again when training starts.
 
     Raises:
         ValueError: for values out of range, and for settings that exclude each other.
@@ -84,19 +84,19 @@ class DKDArgumentsMixin:
                 raise ValueError(f"{name} is {value}; expected a finite number {_range(name)}.")
         if self.dkd_warmup_steps and self.dkd_warmup_epochs:
             raise ValueError(
-                f"dkd_warmup_steps is {self.dkd_warmup_steps} and dkd_warmup_epochs is {self.dkd_warmup_epochs}; set one "
-                "of them and leave the other 0."
+                f"dkd_warmup_steps is {self.dkd_warmup_steps} and dkd_warmup_epochs is {self.dkd_warmup_epochs}; set "
+                "one of them and leave the other 0."
             )
         if self.dkd_warmup_steps >= 1 and not self.dkd_warmup_steps.is_integer():
             raise ValueError(
-                f"dkd_warmup_steps is {self.dkd_warmup_steps}; expected a whole number, or a share of all steps below 1."
+                f"dkd_warmup_steps is {self.dkd_warmup_steps}; expected a whole number, or below 1 a share of steps."
             )
         if self.distillation not in ("dkd", "kd"):
             raise ValueError(f'distillation is {self.distillation!r}; expected "dkd" or "kd".')
         if self.distillation == "kd" and self.dkd_beta != 1:
             raise ValueError(
-                f'dkd_beta is {self.dkd_beta} with distillation="kd", which has no NCKD term of its own: set dkd_alpha, '
-                "the weight of its KL, and leave dkd_beta alone."
+                f'dkd_beta is {self.dkd_beta} with distillation="kd", which has no NCKD term of its own: set '
+                "dkd_alpha, the weight of its KL, and leave dkd_beta alone."
             )
         if self.dkd_head is not None and self.dkd_head not in _HEADS:
             raise ValueError(f"dkd_head is {self.dkd_head!r}; expected one of {', '.join(_HEADS)}.")

@@ -1,0 +1,60 @@
+PYTHON ?= python3
+VENV := .venv
+VENV_LOWEST := .venv-lowest
+
+DEMO_OUTPUT ?= outputs/digits
+
+# Nothing that is run here needs the Hub.
+export HF_HUB_OFFLINE := 1
+export TOKENIZERS_PARALLELISM := false
+
+# Two processes of one thread each: more would fight for the cores.
+pytest = OMP_NUM_THREADS=1 $(1)/bin/python -m pytest -n 2
+
+# -qq leaves pip's errors and drops its warnings.
+define install
+@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	{ echo "hf_dkd needs Python 3.11 or newer; name one, as in: make PYTHON=python3.11" >&2; exit 1; }
+@echo "Installing the packages of $(2) into $(1): a few minutes, once."
+@test -x $(1)/bin/pip || $(PYTHON) -m venv $(1)
+@$(1)/bin/python -m pip install -qq -c $(2) -e '.[dev]'
+@touch $@
+endef
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-all test-lowest lint format clean
+
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
+
+demo: $(VENV)/.installed ## Distil a small model on handwritten digits; writes outputs/digits
+	$(VENV)/bin/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no --cpu \
+		--num_cpu_threads_per_process 2 recipes/digits.py --output_dir $(DEMO_OUTPUT)
+
+test: $(VENV)/.installed ## Run the fast tests
+	$(call pytest,$(VENV))
+
+test-all: $(VENV)/.installed ## Run all tests, the slow ones too
+	$(call pytest,$(VENV)) -m ""
+
+test-lowest: $(VENV_LOWEST)/.installed ## Run the fast tests with the oldest supported versions
+	$(call pytest,$(VENV_LOWEST))
+
+lint: $(VENV)/.installed ## Check style, format and types
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+format: $(VENV)/.installed ## Format the code and apply the safe fixes
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+clean: ## Remove environments, caches and builds; outputs/ stays
+	rm -rf $(VENV) $(VENV_LOWEST) build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find benchmarks hf_dkd recipes tests -type d -name __pycache__ -prune -exec rm -rf {} +
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(call install,$(VENV),constraints.txt)
+
+$(VENV_LOWEST)/.installed: pyproject.toml constraints-lowest.txt
+	$(call install,$(VENV_LOWEST),constraints-lowest.txt)
