@@ -51,7 +51,7 @@ format: $(VENV)/.installed ## Format the code and apply the safe fixes
 
 clean: ## Remove environments, caches and builds; outputs/ stays
 	rm -rf $(VENV) $(VENV_LOWEST) build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
-	find benchmarks hf_dkd recipes tests -type d -name __pycache__ -prune -exec rm -rf {} +
+	find . -name .git -prune -o -type d -name __pycache__ -prune -exec rm -rf {} +
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(call install,$(VENV),constraints.txt)

@@ -100,7 +100,7 @@ def head_of(model: nn.Module) -> Head | None:
     shifting loss for T5 and BART, which do not shift.
     """
     model = bare_model(model)
-    family = _family(type(model))
+    family = _family(_class_names(model))
     if family is None:
         return None
     head = family[1]
@@ -111,13 +111,17 @@ def head_of(model: nn.Module) -> Head | None:
 
 def auto_class_name(model: nn.Module) -> str | None:
     """Name of the Auto class in transformers that loads models of the same kind as `model`; None where unknown."""
-    family = _family(type(bare_model(model)))
+    family = _family(_class_names(bare_model(model)))
     return family[0] if family else None
 
 
+def _class_names(model: nn.Module) -> frozenset[str]:
+    # Of the parents too: users and FSDP2 subclass the models of transformers.
+    return frozenset(parent.__name__ for parent in type(model).__mro__)
+
+
 @lru_cache
-def _family(model_class: Any) -> tuple[str, Head] | None:
-    names = {parent.__name__ for parent in model_class.__mro__}
+def _family(names: frozenset[str]) -> tuple[str, Head] | None:
     if names & _WITHOUT_ROWS:
         return None
     for auto_name, mapping, head in _FAMILIES:

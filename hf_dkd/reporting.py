@@ -51,6 +51,33 @@ def distillation_section(
     )
 
 
+def plot_curves(histories: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]], path: str | Path) -> None:
+    """Save a figure of CE, TCKD and NCKD over the optimizer steps: for each method the mean of its runs, and each run.
+
+    Args:
+        histories: the `trainer.state.log_history` of every run, by method.
+        path: where to write; the suffix tells the format. Needs matplotlib (`pip install "hf-dkd[plots]"`).
+    """
+    from matplotlib.figure import Figure
+
+    panels = {"ce": "CE (hard labels)", "tckd": "TCKD (target against the rest)", "nckd": "NCKD (among the rest)"}
+    figure = Figure(figsize=(12, 3.6), layout="constrained")
+    for axes, (term, title) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
+        for index, (method, runs) in enumerate(histories.items()):
+            curves = [curve for run in runs if (curve := [(e["step"], e[term]) for e in run if term in e])]
+            for curve in curves:
+                axes.plot(*zip(*curve, strict=True), color=f"C{index}", alpha=0.25, linewidth=1)
+            if curves:
+                means = [
+                    (points[0][0], sum(y for _, y in points) / len(points)) for points in zip(*curves, strict=False)
+                ]
+                axes.plot(*zip(*means, strict=True), color=f"C{index}", linewidth=2, label=method)
+        axes.set(title=title, xlabel="optimizer step", yscale="log")
+        axes.grid(alpha=0.3)
+        axes.legend()
+    figure.savefig(path, dpi=150)
+
+
 def _warmup(settings: DKDArgumentsMixin) -> str:
     if settings.dkd_warmup_epochs:
         return f"{settings.dkd_warmup_epochs:g} epochs"

@@ -1,0 +1,279 @@
+import re
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from transformers.utils import ModelOutput
+
+from hf_dkd.heads import Head
+from hf_dkd.rows import (
+    aligned_labels,
+    aligned_rows,
+    class_order,
+    count_labelled,
+    has_labels,
+    labelled_rows,
+    logits_of,
+    without_labels_from,
+)
+
+from .models import ARCHITECTURES, LENGTH
+
+IGNORED = -100
+
+
+def rows_of(head: Head, outputs: Any, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    labels = aligned_labels(head, batch)
+    return labelled_rows(logits_of(outputs, "student"), labels, "student"), labels[labels != IGNORED]
+
+
+def assert_rows_give_the_models_own_loss(head: Head, model: Any, batch: dict[str, Tensor]) -> None:
+    outputs = model(**batch)
+    logits, labels = rows_of(head, outputs, batch)
+    torch.testing.assert_close(cross_entropy(logits, labels), outputs.loss, rtol=0, atol=1e-6)
+    assert count_labelled(head, batch).item() == len(logits) == len(labels)
+
+
+# ---- Where the labels stand ----
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_cross_entropy_over_rows_is_the_models_own_loss(name: str) -> None:
+    model, batch = ARCHITECTURES[name]()
+    assert_rows_give_the_models_own_loss(ARCHITECTURES[name].head, model, batch)
+
+
+def test_shift_labels_of_a_collator_stand_beside_the_logits() -> None:
+    model, batch = ARCHITECTURES["llama"]()
+    shifted = batch["labels"].roll(-1, 1)
+    shifted[:, -1] = IGNORED
+    shifted[:3, 2] = IGNORED
+    batch["shift_labels"] = shifted
+    assert_rows_give_the_models_own_loss(Head.CAUSAL_LM, model, batch)
+    del batch["labels"]
+    assert has_labels(Head.CAUSAL_LM, batch)
+    assert count_labelled(Head.CAUSAL_LM, batch) == (shifted != IGNORED).sum()
+
+
+def test_the_first_token_of_a_causal_lm_is_no_label() -> None:
+    batch = {"labels": torch.tensor([[7, 8, IGNORED, 9]])}
+    assert aligned_labels(Head.CAUSAL_LM, batch).tolist() == [[8, IGNORED, 9, IGNORED]]
+    assert aligned_labels(Head("lm"), batch).tolist() == [[7, 8, IGNORED, 9]]
+    assert count_labelled(Head.CAUSAL_LM, batch) == 2
+    assert count_labelled(Head.LM, batch) == 3
+
+
+def test_labels_of_shape_batch_by_one_are_classes() -> None:
+    assert aligned_labels(Head.CLASSIFICATION, {"labels": torch.tensor([[2], [0]])}).tolist() == [2, 0]
+
+
+def test_labels_under_a_name_of_their_own() -> None:
+    batch = {"input_ids": torch.ones(2, 3), "targets": torch.tensor([1, 0])}
+    assert has_labels(Head.CLASSIFICATION, batch, ["targets"])
+    assert aligned_labels(Head.CLASSIFICATION, batch, ["targets"]).tolist() == [1, 0]
+
+
+@pytest.mark.parametrize("shape", [(8,), (8, 1)])
+def test_answers_outside_the_window_are_ignored_as_the_head_does(shape: tuple[int, ...]) -> None:
+    model, batch = ARCHITECTURES["bert_qa"]()
+    batch["start_positions"][[1, 4]] = torch.tensor([LENGTH, LENGTH + 50])
+    batch["end_positions"][[1, 4]] = torch.tensor([LENGTH + 1, LENGTH])
+    batch["start_positions"][2] = -3  # the head clamps it to 0
+    batch |= {name: batch[name].reshape(shape) for name in ("start_positions", "end_positions")}
+    assert count_labelled(Head.QUESTION_ANSWERING, batch) == 2 * 6
+    assert_rows_give_the_models_own_loss(Head.QUESTION_ANSWERING, model, batch)
+
+
+def test_padding_is_no_answer_to_student_or_teacher() -> None:
+    student, batch = ARCHITECTURES["bert_qa"](seed=0)
+    teacher = ARCHITECTURES["bert_qa"].model(seed=1)
+    labels = aligned_labels(Head.QUESTION_ANSWERING, batch)
+    padding = (batch["attention_mask"] == 0).repeat(2, 1)
+    assert padding.any()
+    for model, whose in ((student, "student"), (teacher, "teacher")):
+        logits = logits_of(model(**batch), whose)
+        assert logits.shape == (2, 8, LENGTH)
+        rows = labelled_rows(logits, labels, whose, batch["attention_mask"])
+        assert (rows[padding] == -torch.inf).all()
+        torch.testing.assert_close(rows[~padding], logits.flatten(0, 1)[~padding], rtol=0, atol=0)
+        assert (rows.softmax(1)[padding] == 0).all()
+
+
+def test_examples_that_fill_a_batch_up_lose_their_labels() -> None:
+    for name in ("bert", "bert_tokens", "gpt2", "t5", "bert_qa"):
+        head, batch = ARCHITECTURES[name].head, ARCHITECTURES[name].batch()
+        kept = without_labels_from(head, batch, 5)
+        first_five = {column: value[:5] for column, value in batch.items()}
+        assert count_labelled(head, kept) == count_labelled(head, first_five)
+        assert count_labelled(head, batch) > count_labelled(head, kept)
+
+
+# ---- What cannot be a label ----
+
+
+def test_missing_labels_name_what_was_expected_and_what_is_there() -> None:
+    batch = {"input_ids": torch.ones(2, 3), "start_positions": torch.zeros(2)}
+    assert not has_labels(Head.CLASSIFICATION, batch)
+    assert not has_labels(Head.QUESTION_ANSWERING, batch)
+    with pytest.raises(ValueError, match=r"expected labels .* got input_ids, start_positions"):
+        aligned_labels(Head.CLASSIFICATION, batch)
+    with pytest.raises(ValueError, match=r"question_answering head: expected start_positions, end_positions"):
+        aligned_labels(Head.QUESTION_ANSWERING, batch)
+
+
+@pytest.mark.parametrize(("head", "value"), [(Head.CAUSAL_LM, None), (Head.CLASSIFICATION, torch.zeros(2, 3))])
+def test_shift_labels_alone_are_labels_of_a_causal_lm_only(head: Head, value: Tensor | None) -> None:
+    batch = {"input_ids": torch.ones(2, 3), "shift_labels": value}
+    assert not has_labels(head, batch)
+    with pytest.raises(ValueError, match="no labels"):
+        aligned_labels(head, batch)
+
+
+@pytest.mark.parametrize("shape", [(8,), (8, 5)])
+def test_float_labels_are_refused_but_count_an_example_each(shape: tuple[int, ...]) -> None:
+    batch = {"labels": torch.zeros(shape)}
+    with pytest.raises(ValueError, match=re.escape(f"torch.float32 of shape {shape}")):
+        aligned_labels(Head.CLASSIFICATION, batch)
+    assert count_labelled(Head.CLASSIFICATION, batch) == 8
+
+
+@pytest.mark.parametrize("wrong", [5, 77, -1])
+def test_a_label_outside_the_classes_is_named(wrong: int) -> None:
+    with pytest.raises(ValueError, match=rf"label {wrong} is outside \[0, 5\)"):
+        aligned_rows(Head.CLASSIFICATION, torch.zeros(3, 5), torch.zeros(3, 5), torch.tensor([0, wrong, 4]))
+
+
+def test_a_batch_without_labels_has_no_rows() -> None:
+    model, batch = ARCHITECTURES["bert_tokens"]()
+    batch["labels"] = torch.full_like(batch["labels"], IGNORED)
+    logits, labels = rows_of(Head.TOKEN_CLASSIFICATION, model(**batch), batch)
+    rows = aligned_rows(Head.TOKEN_CLASSIFICATION, logits, logits, labels)
+    assert rows.student.shape == (0, 5)
+    assert count_labelled(Head.TOKEN_CLASSIFICATION, batch) == 0
+
+
+# ---- Where the logits are ----
+
+
+@pytest.mark.parametrize("labelled", [True, False])
+@pytest.mark.parametrize("name", ["vit", "resnet", "bert_tokens", "bert_choice", "bert_mlm", "gpt2"])
+def test_logits_in_a_tuple_are_those_in_a_dictionary(name: str, labelled: bool) -> None:
+    model, batch = ARCHITECTURES[name]()
+    model.eval()
+    labels = batch.pop("labels")
+    batch |= {"labels": labels} if labelled else {}
+    torch.testing.assert_close(
+        logits_of(model(**batch, return_dict=False), "student"), logits_of(model(**batch), "student"), rtol=0, atol=0
+    )
+
+
+def test_logits_may_come_bare_or_in_any_mapping() -> None:
+    logits = torch.randn(4, 3)
+    for outputs in (logits, (logits,), [logits], {"logits": logits}, ModelOutput(logits=logits)):
+        assert logits_of(outputs, "teacher") is logits
+
+
+@pytest.mark.parametrize(
+    ("outputs", "found"),
+    [
+        ({"loss": torch.tensor(1.0), "hidden_states": ()}, "loss, hidden_states"),
+        ({"logits": None, "loss": torch.tensor(1.0)}, "logits, loss"),
+        ((torch.tensor(1.0),), "a tuple without a tensor of two or more dimensions"),
+    ],
+)
+def test_outputs_without_logits_name_what_there_is_and_the_remedy(outputs: Any, found: str) -> None:
+    with pytest.raises(ValueError, match=rf"student's outputs hold no logits \(found: {found}\).*use_liger_kernel"):
+        logits_of(outputs, "student")
+
+
+@pytest.mark.parametrize("shape", [(8, 11, 5), (8, 5), (7, 12, 5)])
+def test_logits_that_do_not_stand_beside_their_labels_name_both_shapes(shape: tuple[int, ...]) -> None:
+    message = rf"teacher's logits have shape {re.escape(str(shape))} for labels of shape \(8, 12\)"
+    with pytest.raises(ValueError, match=message):
+        labelled_rows(torch.zeros(shape), torch.zeros(8, 12, dtype=torch.long), "teacher")
+
+
+# ---- Which class is which ----
+
+
+def test_the_same_names_in_another_order_reorder_the_teachers_columns() -> None:
+    student_names, teacher_names = ["cat", "dog", "eel"], ["eel", "cat", "dog"]
+    order = class_order(student_names, teacher_names)
+    assert order == [1, 2, 0]
+    student, teacher, labels = torch.randn(4, 3), torch.randn(4, 3), torch.tensor([0, 1, 2, 0])
+    rows = aligned_rows(Head.CLASSIFICATION, student, teacher, labels, torch.tensor(order))
+    assert torch.equal(rows.student, student)
+    assert torch.equal(rows.labels, labels)
+    for column, name in enumerate(student_names):
+        assert torch.equal(rows.teacher[:, column], teacher[:, teacher_names.index(name)])
+
+
+@pytest.mark.parametrize(
+    ("student_names", "teacher_names"),
+    [
+        (["cat", "dog"], ["cat", "dog"]),
+        (["cat", "dog"], ["LABEL_0", "LABEL_1"]),
+        (["LABEL_0", "LABEL_1"], ["dog", "cat"]),
+        (["LABEL_0", "LABEL_1"], ["LABEL_0", "LABEL_1", "LABEL_2"]),
+        (["cat", "cat"], ["cat", "cat"]),
+        (None, ["cat", "dog"]),
+        (["cat", "dog"], None),
+    ],
+)
+def test_classes_in_the_same_order_need_no_permutation(student_names: Any, teacher_names: Any) -> None:
+    assert class_order(student_names, teacher_names) is None
+
+
+def test_different_names_are_an_error_that_lists_the_missing_ones() -> None:
+    with pytest.raises(ValueError, match=r"the teacher lacks 'dog', the student lacks 'fox', 'owl'") as error:
+        class_order(["cat", "dog"], ["fox", "cat", "owl"])
+    assert "label_names=" in str(error.value)
+    with pytest.raises(ValueError, match=r"'s9' and 10 more, the student lacks none"):
+        class_order([f"s{index}" for index in range(20)] + ["cat", "dog"], ["dog", "cat"])
+
+
+@pytest.mark.parametrize(
+    ("student_names", "teacher_names"),
+    [(["cat", "cat", "dog"], ["cat", "dog", "cat"]), (["cat", "dog"], ["dog", "cat", "cat"])],
+)
+def test_repeated_names_tell_no_order(student_names: list[str], teacher_names: list[str]) -> None:
+    with pytest.raises(ValueError, match="repeat"):
+        class_order(student_names, teacher_names)
+
+
+@pytest.mark.parametrize("head", [Head.CLASSIFICATION, Head.TOKEN_CLASSIFICATION, Head.MULTIPLE_CHOICE])
+def test_different_numbers_of_classes_are_an_error_with_both(head: Head) -> None:
+    with pytest.raises(ValueError, match="student has 5 classes and the teacher 7"):
+        aligned_rows(head, torch.zeros(2, 5), torch.zeros(2, 7), torch.tensor([0, 1]))
+
+
+@pytest.mark.parametrize("head", [Head.LM, Head.CAUSAL_LM])
+@pytest.mark.parametrize(("student_size", "teacher_size"), [(100, 112), (112, 100), (100, 1123)])
+def test_padding_rows_of_a_vocabulary_are_cut(head: Head, student_size: int, teacher_size: int) -> None:
+    student, teacher, labels = torch.randn(6, student_size), torch.randn(6, teacher_size), torch.arange(6)
+    rows = aligned_rows(head, student, teacher, labels)
+    assert torch.equal(rows.student, student[:, :100])
+    assert torch.equal(rows.teacher, teacher[:, :100])
+    with pytest.raises(ValueError, match=r"label 100 is outside \[0, 100\)"):
+        aligned_rows(head, student, teacher, labels + 100)
+
+
+@pytest.mark.parametrize(("student_size", "teacher_size"), [(100, 1124), (1124, 100)])
+def test_vocabularies_too_different_for_padding_are_an_error(student_size: int, teacher_size: int) -> None:
+    message = rf"student has {student_size} classes and the teacher {teacher_size}.*tokenizer"
+    with pytest.raises(ValueError, match=message):
+        aligned_rows(Head.CAUSAL_LM, torch.zeros(2, student_size), torch.zeros(2, teacher_size), torch.zeros(2).long())
+
+
+def test_one_class_is_a_regression() -> None:
+    with pytest.raises(ValueError, match=r"one output, as for regression.*at least two classes"):
+        aligned_rows(Head.CLASSIFICATION, torch.zeros(2, 1), torch.zeros(2, 1), torch.tensor([0, 0]))
+
+
+def test_names_for_classes_that_the_teachers_logits_lack_are_an_error() -> None:
+    with pytest.raises(ValueError, match="student has 3 classes and the teacher 2"):
+        aligned_rows(
+            Head.CLASSIFICATION, torch.zeros(1, 3), torch.zeros(1, 2), torch.tensor([0]), torch.tensor([2, 1, 0])
+        )

@@ -1,0 +1,135 @@
+"""A teacher made of the student's own base model."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor, nn
+
+from hf_dkd import Teacher
+from hf_dkd.rows import logits_of
+
+from .models import ARCHITECTURES
+
+NAMES = ["bert", "llama"]
+
+
+def lora(name: str, **keywords: Any) -> LoraConfig:
+    if name == "bert":
+        return LoraConfig(r=4, target_modules=["query", "value"], modules_to_save=["classifier"], **keywords)
+    return LoraConfig(r=4, target_modules=["q_proj", "down_proj"], **keywords)
+
+
+def trained(name: str) -> PeftModel:
+    """A student with two adapters whose every weight moved; "default" is active and trains."""
+    model = get_peft_model(ARCHITECTURES[name].model(), lora(name, lora_dropout=0.5))
+    model.add_adapter("expert", lora(name))
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter_name, parameter in model.named_parameters():
+            if "default" in parameter_name or "expert" in parameter_name:
+                parameter.normal_(std=0.3, generator=generator)
+    return model
+
+
+def logits_by_hand(model: nn.Module, batch: dict[str, Tensor], adapter: str | None = None) -> Tensor:
+    model = copy.deepcopy(model).eval()
+    if adapter is not None:
+        model.set_adapter(adapter)
+    with torch.no_grad():
+        return logits_of(model(**batch), "teacher")
+
+
+def state_of(model: PeftModel) -> tuple[Any, ...]:
+    return (
+        {name: module.training for name, module in model.named_modules()},
+        {name: parameter.requires_grad for name, parameter in model.named_parameters()},
+        model.active_adapter,
+        list(model.base_model.active_adapters),
+        {name: value.clone() for name, value in model.state_dict().items()}.keys(),
+    )
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_without_adapters_the_logits_are_those_of_the_base(name: str) -> None:
+    base, batch = ARCHITECTURES[name]()
+    student = trained(name)
+    logits = Teacher.from_adapter(student).logits(batch)
+    assert torch.equal(logits, logits_by_hand(base, batch))
+    assert not torch.allclose(logits, logits_by_hand(student, batch), atol=1e-2)
+    assert not logits.requires_grad
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_another_adapter_gives_its_own_logits(name: str) -> None:
+    student, batch = trained(name), ARCHITECTURES[name].batch()
+    logits = Teacher.from_adapter(student, "expert").logits(batch)
+    assert torch.equal(logits, logits_by_hand(student, batch, "expert"))
+    assert not torch.allclose(logits, logits_by_hand(student, batch, "default"), atol=1e-2)
+
+
+@pytest.mark.parametrize("adapter", [None, "expert", "default"])
+@pytest.mark.parametrize("name", NAMES)
+def test_the_student_is_left_as_it_was(name: str, adapter: str | None) -> None:
+    student, batch = trained(name).train(), ARCHITECTURES[name].batch()
+    teacher = Teacher.from_adapter(student, adapter)
+    teacher.prepare(student, torch.device("cpu"))
+    for change in ("none", "some modules in eval mode", "some parameters frozen", "a base layer trained"):
+        if change == "some modules in eval mode":
+            for module in list(student.modules())[::3]:
+                module.training = False
+        elif change == "some parameters frozen":
+            for parameter in [p for p in student.parameters() if p.requires_grad][::2]:
+                parameter.requires_grad_(False)
+        elif change == "a base layer trained":
+            next(p for n, p in student.named_parameters() if "norm" in n.lower()).requires_grad_(True)
+        before = state_of(student)
+        teacher.logits(batch)
+        assert state_of(student) == before
+
+
+def test_the_student_is_left_as_it_was_when_the_teacher_fails() -> None:
+    student, batch = trained("bert").train(), ARCHITECTURES["bert"].batch()
+    before = state_of(student)
+    with pytest.raises(IndexError):
+        Teacher.from_adapter(student, "expert").logits({**batch, "input_ids": batch["input_ids"] + 1000})
+    assert state_of(student) == before
+
+
+def test_the_student_still_learns_from_a_teacher_within_it() -> None:
+    student, batch = trained("bert").train(), ARCHITECTURES["bert"].batch()
+    before = student(**batch)
+    target = Teacher.from_adapter(student).logits(batch)
+    student(**batch).logits.sub(target).square().sum().backward()
+    assert before.loss.requires_grad
+    learning = {name for name, parameter in student.named_parameters() if parameter.grad is not None}
+    assert learning == {name for name, parameter in student.named_parameters() if ".default." in name}
+
+
+def test_a_second_model_can_teach_with_one_of_its_adapters() -> None:
+    model, batch = trained("bert"), ARCHITECTURES["bert"].batch()
+    expected = logits_by_hand(model, batch, "expert")
+    teacher = Teacher(model, adapter="expert")
+    teacher.prepare(ARCHITECTURES["bert"].model(seed=3), torch.device("cpu"))
+    model.train()
+    assert torch.equal(teacher.logits(batch), expected)
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+@pytest.mark.parametrize(("adapter", "says"), [(None, "with adapters off"), ("expert", "with adapter 'expert'")])
+def test_its_name_tells_the_adapter(adapter: str | None, says: str) -> None:
+    name = Teacher.from_adapter(trained("bert"), adapter).name
+    assert name == f"BertForSequenceClassification {says}"
+
+
+def test_a_student_without_adapters_cannot_teach_itself() -> None:
+    with pytest.raises(ValueError, match=r"needs a peft model, got BertForSequenceClassification.*get_peft_model"):
+        Teacher.from_adapter(ARCHITECTURES["bert"].model())
+
+
+@pytest.mark.parametrize("make", [Teacher.from_adapter, lambda model, name: Teacher(model, adapter=name)])
+def test_a_missing_adapter_is_an_error_that_lists_those_there_are(make: Any) -> None:
+    with pytest.raises(ValueError, match="no adapter 'missing'; its adapters: default, expert"):
+        make(trained("bert"), "missing")
