@@ -29,7 +29,7 @@ help: ## List the targets
 
 demo: $(VENV)/.installed ## Distil a small model on handwritten digits; writes outputs/digits
 	$(VENV)/bin/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no --cpu \
-		--num_cpu_threads_per_process 2 recipes/digits.py --output_dir $(DEMO_OUTPUT)
+		--num_cpu_threads_per_process 1 recipes/digits.py --output_dir $(DEMO_OUTPUT)
 
 test: $(VENV)/.installed ## Run the fast tests
 	$(call pytest,$(VENV))

@@ -223,7 +223,7 @@ class DistillationTraining(_Trainer):
         )
         distils = self.teacher is not None and settings.distils
         # Before the student's forward, so that the teacher's activations are gone when the student's are there.
-        teacher_rows = self._teacher_rows(inputs) if distils else None
+        teacher_rows = self._labelled_rows("teacher", self._teacher_logits(inputs), inputs) if distils else None
 
         own_function = self.compute_loss_func is not None
         hard, outputs = super().compute_loss(
@@ -254,17 +254,21 @@ class DistillationTraining(_Trainer):
         self._terms.add(**terms)
         return self._for_training_step(loss, total), outputs
 
-    def _teacher_rows(self, inputs: Mapping[str, Any]) -> Tensor:
-        """The teacher's logits at the labelled rows of `inputs`, (R, C)."""
-        labels = rows.aligned_labels(self._known_head, inputs, self.label_names)
+    def _teacher_logits(self, inputs: Mapping[str, Any]) -> Tensor:
         with self.accelerator.autocast():
-            logits = self._the_teacher.logits(inputs)
-        return rows.labelled_rows(logits, labels, "teacher", self._visible(inputs))
+            return self._the_teacher.logits(inputs)
+
+    def _labelled_rows(self, whose: str, logits: Tensor, inputs: Mapping[str, Any]) -> Tensor:
+        """The rows of `logits` at the labels of `inputs`, (R, C)."""
+        visible = inputs.get("attention_mask") if self.head is Head.QUESTION_ANSWERING else None
+        return rows.labelled_rows(
+            logits, rows.aligned_labels(self._known_head, inputs, self.label_names), whose, visible
+        )
 
     def _side_by_side(self, inputs: Mapping[str, Any], outputs: Any, teacher_rows: Tensor) -> rows.Rows:
         """The student's rows beside the teacher's, over the same classes and checked."""
+        student_rows = self._labelled_rows("student", rows.logits_of(outputs, "student"), inputs)
         labels = rows.aligned_labels(self._known_head, inputs, self.label_names)
-        student_rows = rows.labelled_rows(rows.logits_of(outputs, "student"), labels, "student", self._visible(inputs))
         labels = labels[labels != rows.IGNORE_INDEX]
         aligned = rows.aligned_rows(self._known_head, student_rows, teacher_rows, labels, self._class_order)
         if aligned.student.shape[1] < max(student_rows.shape[1], teacher_rows.shape[1]):
@@ -275,9 +279,6 @@ class DistillationTraining(_Trainer):
         read = [name for name in self._the_teacher.inputs(inputs) if name != "use_cache"]
         self._teacher_check.update(objective.unusable_rows(aligned), self.state.global_step + 1, read)
         return aligned
-
-    def _visible(self, inputs: Mapping[str, Any]) -> Tensor | None:
-        return inputs.get("attention_mask") if self.head is Head.QUESTION_ANSWERING else None
 
     def _for_training_step(self, loss: Tensor, total: Tensor | int | None) -> Tensor:
         # Before `loss_is_scaled_for_ga`, `training_step` divides by the accumulation steps whatever `compute_loss` did.

@@ -65,24 +65,27 @@ class DistillationEvaluation(DistillationTraining):
             loss, logits, labels = super().prediction_step(
                 model, self._student_columns(inputs), prediction_loss_only, ignore_keys=ignore_keys, **kwargs
             )
-        if self.teacher is not None and labelled and self.dkd_args.eval_with_teacher:
-            self._add_eval_terms(inputs, outputs[0])
-        if self._metrics_want_teacher() and logits is not None:
-            with self.accelerator.autocast():
-                return loss, (logits, self._the_teacher.logits(inputs)), labels
+        with_terms = self.teacher is not None and labelled and self.dkd_args.eval_with_teacher
+        with_logits = self._metrics_want_teacher() and logits is not None
+        if with_terms or with_logits:
+            teacher_logits = self._teacher_logits(inputs)
+            if with_terms:
+                self._add_eval_terms(inputs, outputs[0], teacher_logits)
+            if with_logits:
+                return loss, (logits, teacher_logits), labels
         return loss, logits, labels
 
-    def _add_eval_terms(self, inputs: Mapping[str, Any], outputs: Any) -> None:
-        with torch.no_grad():
-            aligned = self._side_by_side(inputs, outputs, self._teacher_rows(inputs))
-            sums = objective.distillation_sums(aligned, self.dkd_args)
-            self._eval_terms.add(
-                tckd=sums.tckd,
-                nckd=sums.nckd,
-                teacher_agreement=sums.teacher_agreement,
-                teacher_accuracy=(aligned.teacher.argmax(1) == aligned.labels).sum(),
-                count=torch.tensor(len(aligned.labels), device=sums.tckd.device),
-            )
+    @torch.no_grad()
+    def _add_eval_terms(self, inputs: Mapping[str, Any], outputs: Any, teacher_logits: Tensor) -> None:
+        aligned = self._side_by_side(inputs, outputs, self._labelled_rows("teacher", teacher_logits, inputs))
+        sums = objective.distillation_sums(aligned, self.dkd_args)
+        self._eval_terms.add(
+            tckd=sums.tckd,
+            nckd=sums.nckd,
+            teacher_agreement=sums.teacher_agreement,
+            teacher_accuracy=(aligned.teacher.argmax(1) == aligned.labels).sum(),
+            count=torch.tensor(len(aligned.labels), device=sums.tckd.device),
+        )
 
     def _metrics_want_teacher(self) -> bool:
         return self.teacher is not None and "teacher_logits" in self.args.include_for_metrics

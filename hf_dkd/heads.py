@@ -36,7 +36,8 @@ class Head(StrEnum):
         return self in (Head.LM, Head.CAUSAL_LM)
 
 
-# Sequence-to-sequence stands before masked LM, which lists BART's class too.
+# Sequence-to-sequence stands before masked LM, which lists BART's class too. It lists decoder-only models as well: the
+# configuration tells which generative models shift.
 _FAMILIES: tuple[tuple[str, Mapping[str, Any], Head], ...] = (
     ("AutoModelForImageClassification", auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES, Head.CLASSIFICATION),
     ("AutoModelForVideoClassification", auto.MODEL_FOR_VIDEO_CLASSIFICATION_MAPPING_NAMES, Head.CLASSIFICATION),
@@ -55,8 +56,8 @@ _FAMILIES: tuple[tuple[str, Mapping[str, Any], Head], ...] = (
         auto.MODEL_FOR_DOCUMENT_QUESTION_ANSWERING_MAPPING_NAMES,
         Head.QUESTION_ANSWERING,
     ),
-    ("AutoModelForSeq2SeqLM", auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES, Head.LM),
-    ("AutoModelForSpeechSeq2Seq", auto.MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES, Head.LM),
+    ("AutoModelForSeq2SeqLM", auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES, Head.CAUSAL_LM),
+    ("AutoModelForSpeechSeq2Seq", auto.MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES, Head.CAUSAL_LM),
     ("AutoModelForMaskedLM", auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES, Head.LM),
     ("AutoModelForCausalLM", auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, Head.CAUSAL_LM),
     ("AutoModelForImageTextToText", auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, Head.CAUSAL_LM),

@@ -36,7 +36,9 @@ def label_columns(head: Head, label_names: Sequence[str] = ("labels",)) -> tuple
 
 def has_labels(head: Head, batch: Mapping[str, Any], label_names: Sequence[str] = ("labels",)) -> bool:
     """Whether `batch` brings labels for `head`."""
-    return all(batch.get(name) is not None for name in label_columns(head, label_names)) or "shift_labels" in batch
+    if head is Head.CAUSAL_LM and batch.get("shift_labels") is not None:
+        return True
+    return all(batch.get(name) is not None for name in label_columns(head, label_names))
 
 
 def aligned_labels(head: Head, batch: Mapping[str, Any], label_names: Sequence[str] = ("labels",)) -> Tensor:
@@ -145,7 +147,7 @@ def aligned_rows(head: Head, student: Tensor, teacher: Tensor, labels: Tensor, o
         ValueError: for different numbers of classes, a single class, or labels outside the classes (on a CPU, where
             reading values costs nothing).
     """
-    if order is not None:
+    if order is not None and teacher.shape[1] == len(order):
         teacher = teacher.index_select(1, order)
     student_classes, teacher_classes = student.shape[1], teacher.shape[1]
     if head.has_vocabulary and abs(student_classes - teacher_classes) < _MOST_PADDING_ROWS:
@@ -194,8 +196,9 @@ def class_order(student_names: Sequence[str] | None, teacher_names: Sequence[str
             f"{_listed(only_teacher)}. Set id2label of both to the same names, or tell the teacher's with "
             "Teacher(model, label_names=[...])."
         )
-    if len(set(student_names)) < len(student_names):
-        raise ValueError(f"Class names repeat, so they tell no order: {_listed(student_names)}. Make id2label unique.")
+    for names in (student_names, teacher_names):
+        if len(set(names)) < len(names):
+            raise ValueError(f"Class names repeat, so they tell no order: {_listed(names)}. Make id2label unique.")
     return [teacher_names.index(name) for name in student_names]
 
 

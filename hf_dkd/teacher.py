@@ -141,7 +141,8 @@ class Teacher:
         """
         columns = self.columns
         chosen = {name: batch[source] for name in columns if (source := _source(name, batch)) is not None}
-        if not chosen:
+        main_input = getattr(bare_model(self.model), "main_input_name", None)
+        if not chosen or (main_input in columns and not {main_input, "inputs_embeds"} & set(chosen)):
             return self._sole_input(batch)
         _check_lengths(chosen, batch)
         if self._needs_decoder_inputs(chosen, batch):
@@ -151,7 +152,7 @@ class Teacher:
                 chosen["labels"] = batch["labels"]
             else:
                 chosen["decoder_input_ids"] = prepare(labels=batch["labels"])
-        if "use_cache" in self._parameters:
+        if self._can_cache:
             chosen["use_cache"] = False
         return {name: self._cast(value) for name, value in chosen.items()}
 
@@ -210,6 +211,14 @@ class Teacher:
             f"the batch has {', '.join(batch)}. Add the missing ones, prefixed by {TEACHER_PREFIX!r} if the student "
             "must not see them."
         )
+
+    @property
+    def _can_cache(self) -> bool:
+        # Vision-language models pass use_cache on to their language model without naming it.
+        model: Any = bare_model(self.model)
+        takes_any = any(p.kind is p.VAR_KEYWORD for p in self._parameters.values())
+        generates = hasattr(model, "can_generate") and model.can_generate()
+        return "use_cache" in self._parameters or (takes_any and generates)
 
     def _needs_decoder_inputs(self, chosen: Mapping[str, Any], batch: Mapping[str, Any]) -> bool:
         labels = batch.get("labels")

@@ -163,33 +163,6 @@ def test_settings_changed_after_construction_are_checked_before_training(tmp_pat
     assert torch.equal(weights_of(student), before)
 
 
-class OwnModel(nn.Module):
-    """A student that is no model of transformers."""
-
-    main_input_name = "pixel_values"
-
-    def __init__(self, seed: int) -> None:
-        super().__init__()
-        torch.manual_seed(seed)
-        self.linear = nn.Linear(64, 4)
-
-    def forward(self, pixel_values, labels=None):
-        logits = self.linear(pixel_values.flatten(1))
-        return {"loss": cross_entropy(logits, labels), "logits": logits} if labels is not None else {"logits": logits}
-
-
-def test_an_unknown_head_is_refused_unless_dkd_head_tells(tmp_path):
-    with pytest.raises(ValueError, match=r"OwnModel.*Set dkd_head"):
-        DKDTrainer(OwnModel(0), arguments(tmp_path), teacher=OwnModel(1))
-
-    student, teacher = OwnModel(0), nn.Sequential(nn.Flatten(), nn.Linear(64, 4))
-    pixels, labels = torch.stack([e["pixel_values"] for e in images(4)]), torch.tensor([e["labels"] for e in images(4)])
-    with torch.no_grad():
-        expected = oracle.dkd(student(pixels)["logits"].double(), teacher(pixels).double(), labels).mean().item()
-    trainer = trained(tmp_path, student, images(4), teacher, dkd_head="classification")
-    assert logs_of(trainer)[0]["dkd"] == pytest.approx(expected, rel=1e-5)
-
-
 # ---- Without a teacher ----
 
 

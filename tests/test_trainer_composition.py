@@ -7,7 +7,7 @@ from typing import Any
 import datasets
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
 from transformers import (
@@ -23,6 +23,7 @@ from transformers import (
 
 from hf_dkd import DataCollatorWithTeacherInputs, DKDMixin, DKDTrainer
 
+from . import oracle
 from .trainer_helpers import (
     arguments,
     assert_close,
@@ -56,9 +57,11 @@ def test_token_types_reach_the_teacher_and_not_the_student(tmp_path, remove_unus
     with torch.no_grad():
         student_logits, labels = labelled_logits(student, sentences(4))
         teacher_logits, _ = labelled_logits(teacher, sentences(4), token_type_ids=types)
-    examples = [{**example, "token_type_ids": row} for example, row in zip(sentences(4), types, strict=True)]
+    columns = {"input_ids": [e["input_ids"].tolist() for e in sentences(4)], "attention_mask": [[1] * 6] * 4}
+    columns |= {"token_type_ids": types.tolist(), "labels": labels.tolist()}
     if remove_unused_columns:
-        examples = datasets.Dataset.from_list([{**e, "input_ids": e["input_ids"].tolist(), "attention_mask": [1] * 6, "token_type_ids": e["token_type_ids"].tolist(), "note": "of no use"} for e in examples])  # fmt: skip
+        columns["note"] = ["of no use"] * 4
+    examples = datasets.Dataset.from_dict(columns)
     of_student, of_teacher = forwards(student), forwards(teacher)
     trainer = trained(tmp_path, student, examples, teacher, remove_unused_columns=remove_unused_columns)
 
@@ -118,7 +121,34 @@ def test_two_tokenizers_bring_ids_of_two_lengths(tmp_path, remove_unused_columns
     assert terms_in(logs_of(trainer)[0], expected) == pytest.approx(expected, rel=1e-5)
 
 
-# ---- Classes ----
+# ---- Heads and classes ----
+
+
+class OwnModel(nn.Module):
+    """A student that is no model of transformers."""
+
+    main_input_name = "pixel_values"
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.linear = nn.Linear(64, 4)
+
+    def forward(self, pixel_values, labels=None):
+        logits = self.linear(pixel_values.flatten(1))
+        return {"loss": cross_entropy(logits, labels), "logits": logits} if labels is not None else {"logits": logits}
+
+
+def test_an_unknown_head_is_refused_unless_dkd_head_tells(tmp_path):
+    with pytest.raises(ValueError, match=r"OwnModel.*Set dkd_head"):
+        DKDTrainer(OwnModel(0), arguments(tmp_path), teacher=OwnModel(1))
+
+    student, teacher = OwnModel(0), nn.Sequential(nn.Flatten(), nn.Linear(64, 4))
+    pixels, labels = torch.stack([e["pixel_values"] for e in images(4)]), torch.tensor([e["labels"] for e in images(4)])
+    with torch.no_grad():
+        expected = oracle.dkd(student(pixels)["logits"].double(), teacher(pixels).double(), labels).mean().item()
+    trainer = trained(tmp_path, student, images(4), teacher, dkd_head="classification")
+    assert logs_of(trainer)[0]["dkd"] == pytest.approx(expected, rel=1e-5)
 
 
 def test_vocabularies_that_differ_in_padding_rows_share_a_prefix(tmp_path, caplog):

