@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
 from transformers import (
+    BertForQuestionAnswering,
     BertForSequenceClassification,
     BertForTokenClassification,
     DistilBertForSequenceClassification,
@@ -272,6 +273,51 @@ def test_the_loss_of_a_parent_trainer_is_the_hard_term(tmp_path):
 def plain_loss(trainer: WeightedDKDTrainer) -> float:
     """The loss of the parent trainer's own evaluation of the same model."""
     return WeightedTrainer(trainer.model, trainer.args).evaluate(images(4))["eval_loss"]
+
+
+class TenfoldTrainer(Trainer):
+    """A script's trainer that takes ten times the mean over the labelled rows, as a masked sum."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        outputs = model(**inputs)
+        if "labels" not in inputs:
+            loss = outputs.loss
+        else:
+            kept = (inputs["labels"] != -100).flatten()
+            rows = cross_entropy(outputs.logits.flatten(0, 1), inputs["labels"].flatten(), reduction="none")
+            loss = (rows * kept).sum() / kept.sum()
+        return (10 * loss, outputs) if return_outputs else 10 * loss
+
+
+class TenfoldDKDTrainer(DKDMixin, TenfoldTrainer):
+    """The same, distilled."""
+
+
+def test_the_loss_of_a_parent_trainer_is_the_hard_term_of_question_answering_too(tmp_path):
+    examples = [{**e, "start_positions": i, "end_positions": i + 2} for i, e in enumerate(sentences(4))]
+    for example in examples:
+        del example["labels"]
+    logs = []
+    for trainer_class, teacher in ((TenfoldTrainer, {}), (TenfoldDKDTrainer, {"teacher": qa(1)})):
+        trainer = trainer_class(qa(0), arguments(tmp_path), train_dataset=examples, **teacher)
+        trainer.train()
+        logs.append(logs_of(trainer)[0])
+    assert logs[1]["ce"] == pytest.approx(logs[0]["loss"], rel=1e-5)
+
+
+def qa(seed: int) -> BertForQuestionAnswering:
+    """A question answering head."""
+    return tiny(BertForQuestionAnswering, seed, num_labels=2)
+
+
+def test_a_micro_batch_without_labels_adds_nothing_to_the_gradient_of_a_parents_loss(tmp_path):
+    def gradient(steps: int) -> Tensor:
+        args = arguments(tmp_path, per_device_train_batch_size=8 // steps, gradient_accumulation_steps=steps)
+        student, teacher = tiny(BertForTokenClassification, 0), tiny(BertForTokenClassification, 1)
+        examples = tagged([0, 0, 3, 5, 2, 1, 0, 0])
+        return first_gradient(TenfoldDKDTrainer(student, args, train_dataset=examples, teacher=teacher))
+
+    assert_close(gradient(4), gradient(1))
 
 
 # ---- Scale ----

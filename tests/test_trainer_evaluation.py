@@ -197,7 +197,7 @@ def test_metrics_by_batch_get_the_teachers_logits_of_their_batch(tmp_path):
 # ---- While training ----
 
 
-# Not a ViT: in transformers 5.23 Trainer itself does not load its best weights back.
+# Not a ViT: Trainer itself, from 5.17 to 5.23, does not load its checkpoints back: huggingface/transformers#48805.
 @pytest.mark.parametrize(("model", "examples"), HEADS[1:2])
 def test_the_best_model_by_a_metric_of_the_teacher_is_loaded_at_the_end(tmp_path, model, examples):
     args = arguments(
