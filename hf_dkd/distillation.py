@@ -229,7 +229,8 @@ class DistillationTraining(_Trainer):
         hard, outputs = super().compute_loss(
             model, student_inputs, return_outputs=True, num_items_in_batch=total if own_function else None
         )
-        if head is Head.QUESTION_ANSWERING and not own_function:
+        of_model = getattr(super().compute_loss, "__func__", None) is Trainer.compute_loss
+        if head is Head.QUESTION_ANSWERING and of_model and not own_function:
             # The head averages starts and ends apart, so that a window without one would weigh the other double.
             labels = rows.aligned_labels(head, inputs)
             hard = objective.cross_entropy_sum(rows.logits_of(outputs, "student"), labels) * scale

@@ -45,6 +45,7 @@ class DigitsArguments:
     seeds: int = field(default=3, metadata={"help": "Students per method, with seeds 0, 1, …"})
     test_share: float = field(default=0.5, metadata={"help": "Share of the 1,797 images held out for testing."})
     teacher_epochs: float = field(default=25, metadata={"help": "Epochs for the teacher."})
+    teacher_learning_rate: float = field(default=2e-3, metadata={"help": "Learning rate for the teacher."})
 
 
 @dataclass
@@ -143,7 +144,7 @@ def main() -> None:
 
     set_seed(0)
     teacher = vit(hidden_size=64, layers=4)
-    teacher_args = replace(args, num_train_epochs=options.teacher_epochs)
+    teacher_args = replace(args, num_train_epochs=options.teacher_epochs, learning_rate=options.teacher_learning_rate)
     _, result = fit(teacher_args, teacher, None, train, test)
     rows = {"teacher": summarise([result], teacher.num_parameters())}
     progress.update()

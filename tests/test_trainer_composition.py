@@ -1,4 +1,4 @@
-"""`DKDMixin` with what scripts bring: other columns, heads and vocabularies, own losses and trainers, accumulation."""
+"""`DKDTrainer` with what scripts bring: columns, heads and vocabularies of the teacher's own, accumulation."""
 
 import copy
 import logging
@@ -11,18 +11,14 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
 from transformers import (
-    BertForQuestionAnswering,
     BertForSequenceClassification,
     BertForTokenClassification,
     DistilBertForSequenceClassification,
     GPT2LMHeadModel,
-    MixtralForCausalLM,
-    Trainer,
     ViTForImageClassification,
-    default_data_collator,
 )
 
-from hf_dkd import DataCollatorWithTeacherInputs, DKDMixin, DKDTrainer
+from hf_dkd import DataCollatorWithTeacherInputs, DKDTrainer
 
 from . import oracle
 from .trainer_helpers import (
@@ -184,140 +180,6 @@ def test_classes_in_another_order_are_matched_by_name(tmp_path, caplog):
     assert ["Reordered" in r.message for r in caplog.records if r.name.startswith("hf_dkd")] == [True]
     assert logs_of(by_name) == logs_of(expected := run(by_hand))
     assert torch.equal(weights_of(by_name.model), weights_of(expected.model))
-
-
-# ---- The hard-label term ----
-
-
-@pytest.mark.parametrize(
-    ("model", "examples"), [(ViTForImageClassification, images(4)), (BertForTokenClassification, tagged([6, 1, 0, 3]))]
-)
-@pytest.mark.parametrize("distils", [0.0, 1.0])
-def test_label_smoothing_is_trainers(tmp_path, model, examples, distils):
-    settings = {"label_smoothing_factor": 0.2, "learning_rate": 0.0}
-    plain = Trainer(tiny(model), arguments(tmp_path, **settings), train_dataset=examples)
-    plain.train()
-    distillation = expected_logs(tiny(model, 0), tiny(model, 1), examples)["dkd"] if distils else 0.0
-    (log,) = logs_of(
-        trained(tmp_path, tiny(model), examples, tiny(model, 1), dkd_alpha=distils, dkd_beta=distils, **settings)
-    )
-    assert log["ce"] == pytest.approx(logs_of(plain)[0]["loss"], rel=1e-5)
-    assert log["loss"] == pytest.approx(log["ce"] + distillation, rel=1e-5)
-
-
-def test_an_own_loss_function_gets_the_count_of_the_step(tmp_path):
-    counts: list[int] = []
-
-    def own(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
-        counts.append(int(num_items_in_batch))
-        return 3 * cross_entropy(outputs.logits.flatten(0, 1), labels.flatten(), reduction="sum") / num_items_in_batch
-
-    def run(trainer_class: type[Trainer], **keywords: Any) -> dict[str, float]:
-        args = arguments(tmp_path, per_device_train_batch_size=2, gradient_accumulation_steps=2)
-        trainer = trainer_class(
-            tiny(BertForTokenClassification), args, train_dataset=examples, compute_loss_func=own, **keywords
-        )
-        trainer.train()
-        return logs_of(trainer)[0]
-
-    examples = tagged([6, 1, 0, 3])
-    expected = expected_logs(tiny(BertForTokenClassification, 0), tiny(BertForTokenClassification, 1), examples)
-    plain = run(Trainer)
-    ours = run(DKDTrainer, teacher=tiny(BertForTokenClassification, 1))
-    assert counts == [10] * 4
-    assert ours["ce"] == pytest.approx(plain["loss"], rel=1e-5)
-    assert ours["ce"] == pytest.approx(3 * expected["ce"], rel=1e-5)
-    assert ours["loss"] == pytest.approx(ours["ce"] + expected["dkd"], rel=1e-5)
-
-
-def test_auxiliary_losses_of_the_model_are_in_the_hard_term(tmp_path):
-    config = {"output_router_logits": True, "router_aux_loss_coef": 0.5}
-    student, teacher = tiny(MixtralForCausalLM, 0, **config), tiny(GPT2LMHeadModel, 1)
-    examples = [{"input_ids": e["input_ids"], "labels": e["input_ids"]} for e in sentences(4)]
-    with torch.no_grad():
-        outputs = student(**default_data_collator(examples))
-    auxiliary = 0.5 * outputs.aux_loss.item()
-    (log,) = logs_of(trained(tmp_path, student, examples, teacher))
-    assert auxiliary > 0.1
-    assert log["ce"] == pytest.approx(outputs.loss.item(), rel=1e-5)
-    assert log["loss"] == pytest.approx(log["ce"] + log["tckd"] + log["nckd"], rel=1e-5)
-
-
-class WeightedTrainer(Trainer):
-    """A script's trainer with class weights."""
-
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        outputs = model(pixel_values=inputs["pixel_values"])
-        loss = cross_entropy(outputs.logits, inputs["labels"], weight=torch.tensor([1.0, 2.0, 4.0, 8.0]))
-        return (loss, outputs) if return_outputs else loss
-
-
-class WeightedDKDTrainer(DKDMixin, WeightedTrainer):
-    """The same, distilled."""
-
-
-def test_the_loss_of_a_parent_trainer_is_the_hard_term(tmp_path):
-    student, teacher = tiny(ViTForImageClassification, 0), tiny(ViTForImageClassification, 1)
-    expected = expected_logs(student, teacher, images(4))
-    plain = WeightedTrainer(tiny(ViTForImageClassification), arguments(tmp_path), train_dataset=images(4))
-    plain.train()
-    trainer = WeightedDKDTrainer(student, arguments(tmp_path), train_dataset=images(4), teacher=teacher)
-    trainer.train()
-    (log,) = logs_of(trainer)
-    assert log["ce"] == pytest.approx(logs_of(plain)[0]["loss"], rel=1e-6)
-    assert log["ce"] != pytest.approx(expected["ce"], rel=1e-3)
-    assert log["loss"] == pytest.approx(log["ce"] + expected["dkd"], rel=1e-5)
-    assert trainer.evaluate(images(4))["eval_loss"] == pytest.approx(plain_loss(trainer), rel=1e-6)
-
-
-def plain_loss(trainer: WeightedDKDTrainer) -> float:
-    """The loss of the parent trainer's own evaluation of the same model."""
-    return WeightedTrainer(trainer.model, trainer.args).evaluate(images(4))["eval_loss"]
-
-
-class TenfoldTrainer(Trainer):
-    """A script's trainer that takes ten times the mean over the labelled rows, as a masked sum."""
-
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        outputs = model(**inputs)
-        if "labels" not in inputs:
-            loss = outputs.loss
-        else:
-            kept = (inputs["labels"] != -100).flatten()
-            rows = cross_entropy(outputs.logits.flatten(0, 1), inputs["labels"].flatten(), reduction="none")
-            loss = (rows * kept).sum() / kept.sum()
-        return (10 * loss, outputs) if return_outputs else 10 * loss
-
-
-class TenfoldDKDTrainer(DKDMixin, TenfoldTrainer):
-    """The same, distilled."""
-
-
-def test_the_loss_of_a_parent_trainer_is_the_hard_term_of_question_answering_too(tmp_path):
-    examples = [{**e, "start_positions": i, "end_positions": i + 2} for i, e in enumerate(sentences(4))]
-    for example in examples:
-        del example["labels"]
-    logs = []
-    for trainer_class, teacher in ((TenfoldTrainer, {}), (TenfoldDKDTrainer, {"teacher": qa(1)})):
-        trainer = trainer_class(qa(0), arguments(tmp_path), train_dataset=examples, **teacher)
-        trainer.train()
-        logs.append(logs_of(trainer)[0])
-    assert logs[1]["ce"] == pytest.approx(logs[0]["loss"], rel=1e-5)
-
-
-def qa(seed: int) -> BertForQuestionAnswering:
-    """A question answering head."""
-    return tiny(BertForQuestionAnswering, seed, num_labels=2)
-
-
-def test_a_micro_batch_without_labels_adds_nothing_to_the_gradient_of_a_parents_loss(tmp_path):
-    def gradient(steps: int) -> Tensor:
-        args = arguments(tmp_path, per_device_train_batch_size=8 // steps, gradient_accumulation_steps=steps)
-        student, teacher = tiny(BertForTokenClassification, 0), tiny(BertForTokenClassification, 1)
-        examples = tagged([0, 0, 3, 5, 2, 1, 0, 0])
-        return first_gradient(TenfoldDKDTrainer(student, args, train_dataset=examples, teacher=teacher))
-
-    assert_close(gradient(4), gradient(1))
 
 
 # ---- Scale ----
