@@ -226,6 +226,8 @@ class DistillationTraining(_Trainer):
         teacher_rows = self._labelled_rows("teacher", self._teacher_logits(inputs), inputs) if distils else None
 
         own_function = self.compute_loss_func is not None
+        if not own_function:
+            student_inputs = rows.with_some_label(head, student_inputs, count, self.label_names)
         hard, outputs = super().compute_loss(
             model, student_inputs, return_outputs=True, num_items_in_batch=total if own_function else None
         )

@@ -91,6 +91,23 @@ def without_labels_from(
     return changed
 
 
+def with_some_label(
+    head: Head, batch: Mapping[str, Any], count: Tensor, label_names: Sequence[str] = ("labels",)
+) -> dict[str, Any]:
+    """`batch`, with one label made up where `count`, its labelled rows, is 0: a mean over labels is then never 0/0.
+
+    That loss is to be multiplied by `count`. Nothing is read from the device.
+    """
+    changed = dict(batch)
+    for name in (*label_columns(head, label_names), "shift_labels"):
+        labels = batch.get(name)
+        if isinstance(labels, Tensor) and not labels.is_floating_point():
+            made_up = labels.clone(memory_format=torch.contiguous_format)
+            made_up.view(-1)[-1:] = 0
+            changed[name] = torch.where(count > 0, labels, made_up)
+    return changed
+
+
 def logits_of(outputs: Any, whose: str) -> Tensor:
     """The logits in a model's outputs: (B, C), (B, L, C), or start and end logits as (2, B, L).
 
