@@ -210,6 +210,16 @@ def test_the_gradient_of_a_step_does_not_depend_on_how_it_is_split(tmp_path, mod
         assert other == pytest.approx(log, rel=1e-5, abs=1e-6)
 
 
+def test_the_gradient_of_a_model_that_takes_no_count_does_not_depend_on_the_split_either(tmp_path):
+    def gradient(split: dict[str, int]) -> Tensor:
+        args = arguments(tmp_path, dkd_head="classification", **split)
+        return first_gradient(DKDTrainer(OwnModel(0), args, train_dataset=images(8), teacher=OwnModel(1)))
+
+    whole, *others = (gradient(split) for split in SPLITS)
+    for other in others:
+        assert_close(other, whole)
+
+
 @pytest.mark.parametrize("split", SPLITS)
 @pytest.mark.parametrize("distillation", ["dkd", "kd"])
 def test_a_step_without_any_label_has_no_loss_and_no_gradient(tmp_path, split, distillation):
