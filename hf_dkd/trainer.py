@@ -65,6 +65,23 @@ class DKDMixin(DistillationEvaluation):
             logs["dkd_weight"] = self._weight
         super().log(logs, *args, **kwargs)
 
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self._reload(resume_from_checkpoint, self.model if model is None else model)
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        self._reload(self.state.best_model_checkpoint, self.model)
+
+    def _reload(self, checkpoint: str | None, model: Any) -> None:
+        # Trainer reads by the names of parameters, but save_pretrained writes older names for ViT, DeiT, BEiT and
+        # Mixtral, which only from_pretrained maps back: https://github.com/huggingface/transformers/issues/48805
+        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        adapted = hasattr(model, "peft_config") or getattr(model, "hf_quantizer", None) is not None
+        if checkpoint and isinstance(model, PreTrainedModel) and not sharded and not adapted:
+            saved = type(model).from_pretrained(checkpoint, config=model.config, dtype=model.dtype)
+            model.load_state_dict(saved.state_dict())
+
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Trainer's, with a section on the distillation: the teacher, the settings and the final terms."""
         super().create_model_card(*args, **kwargs)

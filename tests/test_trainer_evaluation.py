@@ -197,8 +197,7 @@ def test_metrics_by_batch_get_the_teachers_logits_of_their_batch(tmp_path):
 # ---- While training ----
 
 
-# Not a ViT: Trainer itself, from 5.17 to 5.23, does not load its checkpoints back: huggingface/transformers#48805.
-@pytest.mark.parametrize(("model", "examples"), HEADS[1:2])
+@pytest.mark.parametrize(("model", "examples"), HEADS[:2])
 def test_the_best_model_by_a_metric_of_the_teacher_is_loaded_at_the_end(tmp_path, model, examples):
     args = arguments(
         tmp_path, max_steps=6, eval_strategy="steps", eval_steps=1, save_strategy="steps", save_steps=1,

@@ -1,4 +1,4 @@
-"""A run that is killed in the middle of an optimizer step. `python -m tests.distributed.killed OUTPUT_DIR STEP`"""
+"""A run that is killed in the middle of an optimizer step. `python -m tests.distributed.killed OUTPUT_DIR STEP NAME`"""
 
 import os
 import signal
@@ -20,21 +20,21 @@ class KillAt(TrainerCallback):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-def trainer(output_dir: str) -> DKDTrainer:
+def trainer(output_dir: str, name: str) -> DKDTrainer:
     """Twelve steps with dropout, accumulation, warm-up and a checkpoint every second step."""
     args = DKDTrainingArguments(
         output_dir, num_train_epochs=6, per_device_train_batch_size=2, gradient_accumulation_steps=2,
         learning_rate=1e-2, save_strategy="steps", save_steps=2, logging_steps=1, report_to="none", disable_tqdm=True,
         use_cpu=True, dkd_beta=2.0, dkd_temperature=2.0, dkd_warmup_steps=8,
     )  # fmt: skip
-    bert = ARCHITECTURES["bert"]
-    student = bert.model(seed=0, hidden_dropout_prob=0.3, attention_probs_dropout_prob=0.3)
-    batch = bert.batch()
+    architecture = ARCHITECTURES[name]
+    student = architecture.model(seed=0, hidden_dropout_prob=0.3, attention_probs_dropout_prob=0.3)
+    batch = architecture.batch()
     examples = [{name: column[row] for name, column in batch.items()} for row in range(8)]
-    return DKDTrainer(student, args, train_dataset=examples, teacher=bert.model(seed=1))
+    return DKDTrainer(student, args, train_dataset=examples, teacher=architecture.model(seed=1))
 
 
 if __name__ == "__main__":
-    killed = trainer(sys.argv[1])
+    killed = trainer(sys.argv[1], sys.argv[3])
     killed.add_callback(KillAt(int(sys.argv[2])))
     killed.train()

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from functools import partial
+from itertools import product
 
 import pytest
 import torch
@@ -200,11 +201,13 @@ def test_a_masked_target_leaves_the_rest_to_learn() -> None:
 
 
 @each_loss
-@pytest.mark.parametrize("index", [5, LABELS], ids=["another class", "target"])
-def test_a_class_that_only_the_student_masks_is_refused(loss: Callable[..., Tensor], index: int | Tensor) -> None:
+def test_a_class_that_only_the_student_masks_is_refused(loss: Callable[..., Tensor]) -> None:
     student, teacher = pair()
-    with pytest.raises(ValueError, match="student masks"):
-        loss(column(student, index, -INF), teacher, LABELS)
+    for row, masked in product(range(4), range(6)):
+        hidden = student.clone()
+        hidden[row, masked] = -INF
+        with pytest.raises(ValueError, match="student masks"):
+            loss(hidden, teacher, LABELS)
 
 
 @each_decoupled_loss
