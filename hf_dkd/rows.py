@@ -189,7 +189,7 @@ def aligned_rows(head: Head, student: Tensor, teacher: Tensor, labels: Tensor, o
             f"label {wrong.item()} is outside [0, {student.shape[1]}), the classes of student and teacher. Mark "
             f"positions without a label by {IGNORE_INDEX}."
         )
-    return Rows(student, teacher, labels)
+    return Rows(student, teacher, labels.long())
 
 
 def class_order(student_names: Sequence[str] | None, teacher_names: Sequence[str] | None) -> list[int] | None:
