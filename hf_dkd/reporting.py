@@ -82,4 +82,4 @@ def _warmup(settings: DKDArgumentsMixin) -> str:
     if settings.dkd_warmup_epochs:
         return f"{settings.dkd_warmup_epochs:g} epochs"
     steps = settings.dkd_warmup_steps
-    return f"{steps:.0%} of all steps" if 0 < steps < 1 else f"{steps:g} steps"
+    return f"{100 * steps:g}% of all steps" if 0 < steps < 1 else f"{steps:g} steps"

@@ -38,6 +38,7 @@ class Teacher:
         self.model = model
         self.adapter = adapter
         self.shares_student = False
+        self._shared: list[nn.Module] = []
         self._label_names = None if label_names is None else list(label_names)
         self._main_input_name = "input_ids"
         self._parameters = inspect.signature(bare_model(model).forward).parameters
@@ -54,7 +55,7 @@ class Teacher:
         Raises:
             ValueError: where the student is no peft model or lacks that adapter.
         """
-        if not hasattr(student, "peft_config"):
+        if not (hasattr(student, "peft_config") and hasattr(student, "get_base_model")):
             raise ValueError(
                 f"Teacher.from_adapter needs a peft model, got {type(student).__name__}: without an adapter to switch "
                 "off, the student would teach itself. Wrap it with peft.get_peft_model first."
@@ -116,6 +117,8 @@ class Teacher:
         self._main_input_name = getattr(student, "main_input_name", "input_ids")
         if self.shares_student:
             return
+        of_student = set(student.modules())
+        self._shared = [module for module in self.model.modules() if module in of_student]
         students = {id(parameter): parameter.requires_grad for parameter in student.parameters()}
         if any(students.get(id(parameter)) for parameter in self.model.parameters()):
             raise ValueError(
@@ -168,8 +171,13 @@ class Teacher:
     @contextmanager
     def _acting(self) -> Iterator[None]:
         if not self.shares_student:
+            training = [module for module in self._shared if module.training]
             self.model.eval()
-            yield
+            try:
+                yield
+            finally:
+                for module in training:
+                    module.training = True
             return
         training = [module for module in self.model.modules() if module.training]
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
@@ -192,16 +200,20 @@ class Teacher:
             with model.disable_adapter():
                 yield
             return
-        active = model.active_adapter
+        # The peft model keeps one name, its layers may have several active.
+        active, of_layers = model.active_adapter, list(model.base_model.active_adapters)
         model.set_adapter(self.adapter)
         try:
             yield
         finally:
             model.set_adapter(active)
+            model.base_model.set_adapter(of_layers)
 
     def _sole_input(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         required = [
-            name for name, p in self._parameters.items() if p.default is p.empty and p.kind is not p.VAR_KEYWORD
+            name
+            for name, p in self._parameters.items()
+            if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
         ]
         source = _source(self._main_input_name, batch)
         if len(required) == 1 and source is not None:
@@ -231,7 +243,9 @@ class Teacher:
         )
 
     def _cast(self, value: Any) -> Any:
-        dtype = getattr(self.model, "dtype", None)
+        dtype = getattr(self.model, "dtype", None) or next(
+            (parameter.dtype for parameter in self.model.parameters() if parameter.is_floating_point()), None
+        )
         if isinstance(value, Tensor) and value.is_floating_point() and isinstance(dtype, torch.dtype):
             return value.to(dtype)
         return value

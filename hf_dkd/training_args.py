@@ -69,6 +69,10 @@ class DKDArgumentsMixin:
     def __post_init__(self) -> None:
         if isinstance(self.teacher_model_init_kwargs, str):
             self.teacher_model_init_kwargs = json.loads(self.teacher_model_init_kwargs)
+        if not isinstance(self.teacher_model_init_kwargs, dict | None):
+            raise ValueError(
+                f"teacher_model_init_kwargs is {self.teacher_model_init_kwargs!r}; expected a JSON object."
+            )
         parent = getattr(super(), "__post_init__", None)
         if parent is not None:
             parent()
@@ -121,14 +125,20 @@ class DKDArgumentsMixin:
         return min(1.0, step / warmup) if warmup else 1.0
 
     def to_dict(self) -> dict[str, Any]:
-        """As in `TrainingArguments`, with a quantization config among the teacher's keywords spelled out."""
-        values: dict[str, Any] = super().to_dict()  # type: ignore[misc]
-        keywords = values.get("teacher_model_init_kwargs")
-        if isinstance(keywords, dict) and hasattr(keywords.get("quantization_config"), "to_dict"):
-            values["teacher_model_init_kwargs"] = {
-                **keywords,
-                "quantization_config": keywords["quantization_config"].to_dict(),
-            }
+        """As in `TrainingArguments`: the teacher's keywords with quantization spelled out, and no token."""
+        given = self.teacher_model_init_kwargs
+        if isinstance(given, dict):
+            # A copy: the parent turns dtypes into strings in place.
+            shown = dict(given)
+            if hasattr(shown.get("quantization_config"), "to_dict"):
+                shown["quantization_config"] = shown["quantization_config"].to_dict()
+            if isinstance(shown.get("token"), str):
+                shown["token"] = "<TOKEN>"
+            self.teacher_model_init_kwargs = shown
+        try:
+            values: dict[str, Any] = super().to_dict()  # type: ignore[misc]
+        finally:
+            self.teacher_model_init_kwargs = given
         return values
 
 

@@ -16,6 +16,7 @@ from hf_dkd.rows import (
     has_labels,
     labelled_rows,
     logits_of,
+    with_some_label,
     without_labels_from,
 )
 
@@ -108,6 +109,20 @@ def test_examples_that_fill_a_batch_up_lose_their_labels() -> None:
         first_five = {column: value[:5] for column, value in batch.items()}
         assert count_labelled(head, kept) == count_labelled(head, first_five)
         assert count_labelled(head, batch) > count_labelled(head, kept)
+
+
+@pytest.mark.parametrize("name", ["bert", "bert_tokens", "gpt2", "t5", "bert_choice", "bert_qa"])
+def test_a_label_is_made_up_only_where_there_is_none(name: str) -> None:
+    head, (model, batch) = ARCHITECTURES[name].head, ARCHITECTURES[name]()
+    kept = with_some_label(head, batch, count_labelled(head, batch))
+    assert all(torch.equal(kept[column], value) for column, value in batch.items())
+    empty = without_labels_from(head, batch, 0)
+    assert count_labelled(head, empty) == 0
+    filled = with_some_label(head, empty, count_labelled(head, empty))
+    assert count_labelled(head, empty) == 0
+    assert count_labelled(head, filled) == (2 if head is Head.QUESTION_ANSWERING else 1)
+    assert model(**filled).loss.isfinite()
+    assert model(**empty).loss.isnan()
 
 
 # ---- What cannot be a label ----

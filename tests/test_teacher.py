@@ -73,6 +73,16 @@ def test_it_leaves_the_students_frozen_parameters_that_it_shares() -> None:
     assert not any(parameter.requires_grad for parameter in model.parameters())
 
 
+def test_modules_that_it_shares_with_the_student_keep_their_mode() -> None:
+    student, model = ARCHITECTURES["bert"].model(0, **DROPOUT), ARCHITECTURES["bert"].model(1, **DROPOUT)
+    model.bert = student.bert.requires_grad_(False)
+    teacher, batch = Teacher(model), ARCHITECTURES["bert"].batch()
+    teacher.prepare(student, CPU)
+    student.train()
+    assert torch.equal(teacher.logits(batch), eval_logits(model, batch))
+    assert all(module.training for module in student.modules())
+
+
 @pytest.mark.parametrize("shares", ["all", "a layer"])
 def test_trained_parameters_of_the_student_are_refused(shares: str) -> None:
     student, model = ARCHITECTURES["bert"].model(0), ARCHITECTURES["bert"].model(1)
@@ -163,6 +173,7 @@ def test_a_batch_without_its_columns_names_both() -> None:
 def test_floats_are_cast_to_its_dtype_and_integers_are_not() -> None:
     model, batch = ARCHITECTURES["vit"]()
     teacher = prepared(model.bfloat16(), "vit")
+    assert teacher.inputs(batch)["pixel_values"].dtype == torch.bfloat16
     logits = teacher.logits(batch)
     assert logits.dtype == torch.bfloat16
     assert torch.equal(logits, eval_logits(model, {"pixel_values": batch["pixel_values"].bfloat16()}))

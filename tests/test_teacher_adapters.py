@@ -48,7 +48,6 @@ def state_of(model: PeftModel) -> tuple[Any, ...]:
         {name: parameter.requires_grad for name, parameter in model.named_parameters()},
         model.active_adapter,
         list(model.base_model.active_adapters),
-        {name: value.clone() for name, value in model.state_dict().items()}.keys(),
     )
 
 

@@ -1,0 +1,177 @@
+import copy
+import pickle
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from torch import Tensor
+from transformers import (
+    BatchEncoding,
+    DataCollatorForTokenClassification,
+    DataCollatorWithPadding,
+    PreTrainedTokenizerFast,
+    default_data_collator,
+)
+
+from hf_dkd import DataCollatorWithTeacherInputs, Teacher
+
+from .models import ARCHITECTURES
+
+WORDS = ["the", "small", "student", "learns", "from", "a", "larger", "teacher"]
+SENTENCES = ["the small student learns", "a teacher", "the student learns from the larger teacher"]
+SIZE = 4
+
+
+def tokenizer(words: list[str]) -> PreTrainedTokenizerFast:
+    """One id for each word, in the order of `words`."""
+    vocabulary = {word: index for index, word in enumerate(["[PAD]", "[UNK]", *words])}
+    model = Tokenizer(WordLevel(vocabulary, unk_token="[UNK]"))
+    model.pre_tokenizer = Whitespace()
+    fast = PreTrainedTokenizerFast(tokenizer_object=model, pad_token="[PAD]", unk_token="[UNK]")
+    fast.model_input_names = ["input_ids", "attention_mask"]
+    return fast
+
+
+STUDENT_TOKENIZER = tokenizer(WORDS)
+TEACHER_TOKENIZER = tokenizer(WORDS[::-1])
+
+
+def small_pixels(examples: list[dict[str, Any]]) -> dict[str, Tensor]:
+    return {
+        "pixel_values": torch.stack([example["image"][:, ::2, ::2] for example in examples]),
+        "labels": torch.tensor([example["label"] for example in examples]),
+    }
+
+
+def large_pixels(examples: list[dict[str, Any]]) -> dict[str, Tensor]:
+    return {
+        "pixel_values": torch.stack([2 * example["image"] for example in examples]),
+        "labels": torch.tensor([example["label"] for example in examples]),
+    }
+
+
+def texts() -> list[dict[str, Any]]:
+    examples = []
+    for label, sentence in enumerate(SENTENCES):
+        of_teacher = TEACHER_TOKENIZER(sentence + " from a teacher")
+        examples.append(
+            {**STUDENT_TOKENIZER(sentence), "label": label, **{f"teacher_{n}": v for n, v in of_teacher.items()}}
+        )
+    return examples
+
+
+def images() -> list[dict[str, Any]]:
+    return [{"image": torch.randn(3, SIZE, SIZE), "label": label} for label in range(3)]
+
+
+def of_two_tokenizers() -> DataCollatorWithTeacherInputs:
+    return DataCollatorWithTeacherInputs(
+        DataCollatorWithPadding(STUDENT_TOKENIZER), DataCollatorWithPadding(TEACHER_TOKENIZER)
+    )
+
+
+COLLATORS = {
+    "two tokenizers": (of_two_tokenizers, texts),
+    "two image sizes": (lambda: DataCollatorWithTeacherInputs(small_pixels, large_pixels), images),
+}
+
+
+def test_each_tokenizer_pads_its_own_columns() -> None:
+    batch = of_two_tokenizers()(texts())
+    student = STUDENT_TOKENIZER(SENTENCES, padding=True, return_tensors="pt")
+    teacher = TEACHER_TOKENIZER([f"{s} from a teacher" for s in SENTENCES], padding=True, return_tensors="pt")
+    assert batch.keys() == {
+        "input_ids",
+        "attention_mask",
+        "labels",
+        "teacher_input_ids",
+        "teacher_attention_mask",
+    }
+    for name in ("input_ids", "attention_mask"):
+        assert torch.equal(batch[name], student[name])
+        assert torch.equal(batch[f"teacher_{name}"], teacher[name])
+    assert batch["labels"].tolist() == [0, 1, 2]
+    assert batch["input_ids"].shape == (3, 7)
+    assert batch["teacher_input_ids"].shape == (3, 10)
+
+
+def test_each_processor_reads_the_shared_image() -> None:
+    examples = images()
+    batch = DataCollatorWithTeacherInputs(small_pixels, large_pixels)(examples)
+    assert batch.keys() == {"pixel_values", "labels", "teacher_pixel_values"}
+    assert torch.equal(batch["pixel_values"], torch.stack([e["image"] for e in examples])[..., ::2, ::2])
+    assert torch.equal(batch["teacher_pixel_values"], 2 * torch.stack([e["image"] for e in examples]))
+
+
+def test_a_teacher_reads_what_its_collator_made() -> None:
+    batch = of_two_tokenizers()(texts())
+    model = ARCHITECTURES["bert"].model().eval()
+    with torch.no_grad():
+        expected = model(batch["teacher_input_ids"], attention_mask=batch["teacher_attention_mask"]).logits
+    torch.testing.assert_close(Teacher(model).logits(batch), expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", ["label", "labels", "label_ids"])
+def test_labels_of_the_teachers_collator_are_dropped(name: str) -> None:
+    def of_teacher(examples: list[Any]) -> Mapping[str, Tensor]:
+        return {"input_ids": torch.zeros(len(examples), 2), name: torch.full((len(examples),), 9)}
+
+    batch = DataCollatorWithTeacherInputs(default_data_collator, of_teacher)(
+        [{"x": 1.0, "label": 2}, {"x": 2.0, "label": 0}]
+    )
+    assert batch.keys() == {"x", "labels", "teacher_input_ids"}
+
+
+def test_token_labels_reach_the_students_collator_only() -> None:
+    examples = [
+        {**STUDENT_TOKENIZER(s), "labels": [1] * len(s.split()), "teacher_input_ids": [5] * len(s.split())}
+        for s in SENTENCES
+    ]
+    batch = DataCollatorWithTeacherInputs(
+        DataCollatorForTokenClassification(STUDENT_TOKENIZER), DataCollatorForTokenClassification(TEACHER_TOKENIZER)
+    )(examples)
+    assert batch["labels"].tolist()[1] == [1, 1, -100, -100, -100, -100, -100]
+    assert "teacher_labels" not in batch
+    assert batch["teacher_input_ids"].shape == (3, 7)
+
+
+@pytest.mark.parametrize("name", COLLATORS)
+def test_examples_are_left_as_they_were(name: str) -> None:
+    make, make_examples = COLLATORS[name]
+    examples = make_examples()
+    before = copy.deepcopy(examples)
+    make()(examples)
+    assert [example.keys() for example in examples] == [example.keys() for example in before]
+    for example, old in zip(examples, before, strict=True):
+        for key, value in example.items():
+            assert torch.equal(torch.as_tensor(value), torch.as_tensor(old[key]))
+
+
+def test_a_collator_that_empties_its_examples_leaves_them_to_the_other() -> None:
+    def emptying(examples: list[dict[str, Any]]) -> dict[str, Tensor]:
+        return {"x": torch.stack([example.pop("x") for example in examples])}
+
+    examples = [{"x": torch.ones(2)}, {"x": torch.zeros(2)}]
+    batch = DataCollatorWithTeacherInputs(emptying, emptying)(examples)
+    assert torch.equal(batch["x"], batch["teacher_x"])
+    assert all("x" in example for example in examples)
+
+
+def test_any_mapping_is_an_example() -> None:
+    examples = [BatchEncoding(example) for example in texts()]
+    expected = of_two_tokenizers()(texts())
+    batch = of_two_tokenizers()(examples)
+    assert all(torch.equal(batch[name], expected[name]) for name in expected)
+
+
+def test_it_can_be_pickled_for_worker_processes() -> None:
+    for collator, examples in (
+        (of_two_tokenizers(), texts()),
+        (DataCollatorWithTeacherInputs(small_pixels, large_pixels), images()),
+    ):
+        batch, expected = pickle.loads(pickle.dumps(collator))(examples), collator(examples)
+        assert all(torch.equal(batch[name], expected[name]) for name in expected)

@@ -1,0 +1,85 @@
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hf_dkd import DKDArgumentsMixin
+from hf_dkd.reporting import add_to_model_card, distillation_section, plot_curves
+
+TERMS = {"loss": 1.25, "ce": 0.5, "tckd": 0.03125, "nckd": 0.123456, "dkd": 0.75, "teacher_agreement": 0.875}
+HISTORY = [
+    {"step": 10, **dict.fromkeys(TERMS, 9.0)},
+    {"step": 20, **TERMS, "dkd_weight": 1.0},
+    {"step": 20, "eval_loss": 0.4},
+    {"step": 20, "train_loss": 3.0, "train_runtime": 1.0},
+]
+
+
+def table(section: str) -> dict[str, str]:
+    cells = [line.strip("| ").split(" | ") for line in section.splitlines() if line.startswith("|")]
+    assert cells[:2] == [["setting", "value"], ["---", "---"]]
+    return dict(cells[2:])
+
+
+def test_the_section_names_teacher_settings_and_final_terms() -> None:
+    settings = DKDArgumentsMixin(dkd_alpha=0.5, dkd_beta=8, dkd_temperature=4, ce_weight=0.25, dkd_warmup_epochs=20)
+    section = distillation_section("models/teacher", settings, HISTORY)
+    assert "decoupled knowledge distillation" in section
+    assert "2203.08679" in section
+    assert table(section) == {
+        "teacher": "`models/teacher`",
+        "α": "0.5",
+        "β": "8",
+        "T": "4",
+        "CE weight": "0.25",
+        "warm-up": "20 epochs",
+        "final training loss": "1.25",
+        "final CE, the hard-label loss": "0.5",
+        "final TCKD": "0.03125",
+        "final NCKD": "0.1235",
+        "final weighted distillation term": "0.75",
+        "final agreement with the teacher": "0.875",
+    }
+
+
+def test_classical_distillation_has_no_beta() -> None:
+    section = distillation_section("teacher", DKDArgumentsMixin(distillation="kd", dkd_alpha=2), HISTORY)
+    assert "classical knowledge distillation" in section
+    assert "β" not in table(section)
+    assert table(section)["α"] == "2"
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, "0 steps"),
+        ({"dkd_warmup_steps": 100}, "100 steps"),
+        ({"dkd_warmup_steps": 0.05}, "5% of all steps"),
+        ({"dkd_warmup_steps": 0.005}, "0.5% of all steps"),
+        ({"dkd_warmup_epochs": 1.5}, "1.5 epochs"),
+    ],
+)
+def test_warm_up_is_told_as_it_was_set(settings: dict[str, Any], expected: str) -> None:
+    assert table(distillation_section("teacher", DKDArgumentsMixin(**settings), HISTORY))["warm-up"] == expected
+
+
+def test_a_run_that_logged_nothing_still_names_its_settings() -> None:
+    rows = table(distillation_section("teacher", DKDArgumentsMixin(), []))
+    assert list(rows) == ["teacher", "α", "β", "T", "CE weight", "warm-up"]
+
+
+def test_the_section_is_appended_to_the_card(tmp_path: Path) -> None:
+    card = tmp_path / "README.md"
+    card.write_text("# A student\n", encoding="utf-8")
+    add_to_model_card(tmp_path, "teacher", DKDArgumentsMixin(), HISTORY)
+    text = card.read_text(encoding="utf-8")
+    assert text.startswith("# A student\n\n## Distillation\n")
+    assert text.endswith(distillation_section("teacher", DKDArgumentsMixin(), HISTORY))
+
+
+@pytest.mark.parametrize("suffix", ["png", "svg"])
+def test_curves_of_runs_with_and_without_a_teacher_are_drawn(suffix: str, tmp_path: Path) -> None:
+    runs = [[{"step": step, **TERMS} for step in (1, 2, 3)] for _ in range(2)]
+    alone = [[{"step": step, "ce": 0.5, "loss": 0.5} for step in (1, 2, 3)]]
+    plot_curves({"DKD": runs, "CE": alone}, tmp_path / f"curves.{suffix}")
+    assert (tmp_path / f"curves.{suffix}").stat().st_size > 10_000
