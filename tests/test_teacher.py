@@ -238,3 +238,29 @@ def test_an_unknown_student_tells_no_auto_class(tmp_path: Path) -> None:
 def test_an_adapter_that_is_not_there_is_an_error() -> None:
     with pytest.raises(ValueError, match="no adapter 'missing'; its adapters: none"):
         Teacher(ARCHITECTURES["bert"].model(), adapter="missing")
+
+
+class Linear(nn.Module):
+    """No model of transformers: no dtype, no config."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3 * IMAGE_SIZE**2, 5)
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        return self.layer(pixel_values.flatten(1))
+
+
+def test_a_plain_module_gets_floats_in_the_dtype_of_its_weights() -> None:
+    teacher = prepared(Linear().bfloat16(), "vit")
+    assert teacher.logits(ARCHITECTURES["vit"].batch()).dtype == torch.bfloat16
+
+
+class Anything(Linear):
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        raise AssertionError("must not be called")
+
+
+def test_a_forward_that_names_nothing_is_an_error_about_columns() -> None:
+    with pytest.raises(ValueError, match="none of the columns"):
+        prepared(Anything(), "vit").logits(ARCHITECTURES["vit"].batch())

@@ -132,3 +132,17 @@ def test_a_student_without_adapters_cannot_teach_itself() -> None:
 def test_a_missing_adapter_is_an_error_that_lists_those_there_are(make: Any) -> None:
     with pytest.raises(ValueError, match="no adapter 'missing'; its adapters: default, expert"):
         make(trained("bert"), "missing")
+
+
+def test_several_active_adapters_stay_active() -> None:
+    student, batch = trained("bert"), ARCHITECTURES["bert"].batch()
+    student.base_model.set_adapter(["default", "expert"])
+    Teacher.from_adapter(student, "expert").logits(batch)
+    assert student.base_model.active_adapters == ["default", "expert"]
+
+
+def test_an_adapter_of_transformers_alone_is_refused_by_name_of_the_remedy() -> None:
+    model = ARCHITECTURES["llama"].model()
+    model.add_adapter(lora("llama"))
+    with pytest.raises(ValueError, match="get_peft_model"):
+        Teacher.from_adapter(model)
