@@ -135,7 +135,7 @@ def test_a_missing_adapter_is_an_error_that_lists_those_there_are(make: Any) -> 
 
 
 def test_several_active_adapters_stay_active() -> None:
-    student, batch = trained("bert"), ARCHITECTURES["bert"].batch()
+    student, batch = trained("llama"), ARCHITECTURES["llama"].batch()
     student.base_model.set_adapter(["default", "expert"])
     Teacher.from_adapter(student, "expert").logits(batch)
     assert student.base_model.active_adapters == ["default", "expert"]
