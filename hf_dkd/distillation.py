@@ -4,6 +4,7 @@ import inspect
 import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,6 +19,11 @@ from .teacher_check import TeacherCheck
 from .training_args import DKDArgumentsMixin
 
 logger = logging.getLogger(__name__)
+
+
+@lru_cache
+def _named_inputs(model_class: Any) -> frozenset[str]:
+    return frozenset(inspect.signature(model_class.forward).parameters)
 
 
 if TYPE_CHECKING:
@@ -152,7 +158,8 @@ class DistillationTraining(_Trainer):
 
     def _student_columns(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """`inputs` without what only the teacher reads."""
-        named = set(inspect.signature(bare_model(self._student).forward).parameters)
+        student_class: Any = type(bare_model(self._student))
+        named = _named_inputs(student_class)
         of_teacher = set(self.teacher.columns) if self.teacher is not None and named & set(inputs) else set()
         keep = named | set(self.label_names)
         dropped = {
@@ -231,8 +238,8 @@ class DistillationTraining(_Trainer):
         hard, outputs = super().compute_loss(
             model, student_inputs, return_outputs=True, num_items_in_batch=total if own_function else None
         )
-        of_model = getattr(super().compute_loss, "__func__", None) is Trainer.compute_loss
-        if head is Head.QUESTION_ANSWERING and of_model and not own_function:
+        of_head = isinstance(outputs, Mapping) and outputs.get("loss") is hard
+        if head is Head.QUESTION_ANSWERING and of_head:
             # The head averages starts and ends apart, so that a window without one would weigh the other double.
             labels = rows.aligned_labels(head, inputs)
             hard = objective.cross_entropy_sum(rows.logits_of(outputs, "student"), labels) * scale
@@ -279,8 +286,8 @@ class DistillationTraining(_Trainer):
                 f"Vocabularies of {student_rows.shape[1]} (student) and {teacher_rows.shape[1]} (teacher) rows: only "
                 f"the {aligned.student.shape[1]} that they share are distilled, the others are taken for padding."
             )
-        read = [name for name in self._the_teacher.inputs(inputs) if name != "use_cache"]
-        self._teacher_check.update(objective.unusable_rows(aligned), self.state.global_step + 1, read)
+        columns = self._the_teacher.columns_in(inputs)
+        self._teacher_check.update(objective.unusable_rows(aligned), self.state.global_step + 1, columns)
         return aligned
 
     def _for_training_step(self, loss: Tensor, total: Tensor | int | None) -> Tensor:

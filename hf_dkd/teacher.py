@@ -42,6 +42,13 @@ class Teacher:
         self._label_names = None if label_names is None else list(label_names)
         self._main_input_name = "input_ids"
         self._parameters = inspect.signature(bare_model(model).forward).parameters
+        labels = {*find_labels(type(bare_model(model))), "labels"}
+        self.columns = [
+            name
+            for name, parameter in self._parameters.items()
+            if name not in labels and parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
+        ]
+        """The columns that the teacher's `forward` names, without labels."""
 
     @classmethod
     def from_adapter(cls, student: nn.Module, adapter_name: str | None = None) -> "Teacher":
@@ -98,16 +105,6 @@ class Teacher:
         """The names of the classes, in the order of the logits; None where unknown."""
         return self._label_names or class_names_of(self.model)
 
-    @property
-    def columns(self) -> list[str]:
-        """The columns that the teacher's `forward` names, without labels."""
-        labels = set(find_labels(type(bare_model(self.model)))) | {"labels"}
-        return [
-            name
-            for name, parameter in self._parameters.items()
-            if name not in labels and parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
-        ]
-
     def prepare(self, student: nn.Module, device: torch.device) -> None:
         """Freeze the teacher and put it on `device`, where it is not placed already (quantized, dispatched, shared).
 
@@ -136,16 +133,21 @@ class Teacher:
         if not placed:
             self.model.to(device)
 
+    def columns_in(self, batch: Mapping[str, Any]) -> list[str]:
+        """The columns of `batch` that the teacher reads, under their names there."""
+        found = [source for name in self.columns if (source := _source(name, batch)) is not None]
+        sole = _source(self._main_input_name, batch)
+        return found or ([] if sole is None else [sole])
+
     def inputs(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """What the teacher reads of `batch`: the columns its `forward` names, `teacher_`-prefixed ones first.
 
         Raises:
             ValueError: where there are none, or where a shared mask does not fit the teacher's own ids.
         """
-        columns = self.columns
-        chosen = {name: batch[source] for name in columns if (source := _source(name, batch)) is not None}
+        chosen = {name: batch[source] for name in self.columns if (source := _source(name, batch)) is not None}
         main_input = getattr(bare_model(self.model), "main_input_name", None)
-        if not chosen or (main_input in columns and not {main_input, "inputs_embeds"} & set(chosen)):
+        if not chosen or (main_input in self.columns and not {main_input, "inputs_embeds"} & set(chosen)):
             return self._sole_input(batch)
         _check_lengths(chosen, batch)
         if self._needs_decoder_inputs(chosen, batch):

@@ -76,7 +76,11 @@ class DKDMixin(DistillationEvaluation):
     def _reload(self, checkpoint: str | None, model: Any) -> None:
         # Trainer reads by the names of parameters, but save_pretrained writes older names for ViT, DeiT, BEiT and
         # Mixtral, which only from_pretrained maps back: https://github.com/huggingface/transformers/issues/48805
-        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        sharded = (
+            self.is_fsdp_enabled
+            or self.is_deepspeed_enabled
+            or getattr(model, "is_distributed_loading_by_transformers", False)
+        )
         adapted = hasattr(model, "peft_config") or getattr(model, "hf_quantizer", None) is not None
         if checkpoint and isinstance(model, PreTrainedModel) and not sharded and not adapted:
             saved = type(model).from_pretrained(checkpoint, config=model.config, dtype=model.dtype)

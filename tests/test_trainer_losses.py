@@ -145,6 +145,33 @@ def test_the_loss_of_a_parent_trainer_is_the_hard_term_of_question_answering_too
     assert logs_of(ours)[0]["ce"] == pytest.approx(logs_of(theirs)[0]["loss"], rel=1e-5)
 
 
+class ForwardingTrainer(Trainer):
+    """A script's trainer that adds nothing to the loss."""
+
+    def compute_loss(self, *args, **kwargs):
+        return super().compute_loss(*args, **kwargs)
+
+
+class ForwardingDKDTrainer(DKDMixin, ForwardingTrainer):
+    """The same, distilled."""
+
+
+@pytest.mark.parametrize("trainer_class", [DKDTrainer, ForwardingDKDTrainer])
+def test_an_answer_outside_the_window_does_not_weigh_the_others_double(tmp_path, trainer_class):
+    examples = questions(4)
+    for example in examples[:3]:
+        example["end_positions"] = 10_000
+    student, teacher = (tiny(BertForQuestionAnswering, seed, num_labels=2) for seed in (0, 1))
+    with torch.no_grad():
+        outputs = student(**{k: v for k, v in default_data_collator(examples).items() if "positions" not in k})
+    starts = torch.tensor([example["start_positions"] for example in examples])
+    losses = cross_entropy(outputs.start_logits, starts, reduction="sum")
+    losses += cross_entropy(outputs.end_logits[3:], torch.tensor([examples[3]["end_positions"]]))
+    trainer = trainer_class(student, arguments(tmp_path), train_dataset=examples, teacher=teacher)
+    trainer.train()
+    assert logs_of(trainer)[0]["ce"] == pytest.approx(losses.item() / 5, rel=1e-5)
+
+
 class MaskedTrainer(Trainer):
     """A script's trainer that masks rows without a label itself: 0 / 0 for a batch that has none."""
 
