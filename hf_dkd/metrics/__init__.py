@@ -1,0 +1,24 @@
+"""`evaluate` modules that load without a network: `Accuracy().compute(predictions=…, references=…)`.
+
+Each file also loads by its path, `evaluate.load("…/hf_dkd/metrics/accuracy.py")`. They need `pip install
+"hf-dkd[metrics]"` and are imported by nothing else in the package.
+"""
+
+from .accuracy import Accuracy
+from .calibration import ExpectedCalibrationError, reliability
+from .entity_f1 import EntityF1
+from .f1 import F1
+from .teacher_agreement import TeacherAgreement
+from .teacher_kl import TeacherKL
+from .top_k_accuracy import TopKAccuracy
+
+__all__ = [
+    "F1",
+    "Accuracy",
+    "EntityF1",
+    "ExpectedCalibrationError",
+    "TeacherAgreement",
+    "TeacherKL",
+    "TopKAccuracy",
+    "reliability",
+]

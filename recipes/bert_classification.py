@@ -1,0 +1,173 @@
+"""Distil a text classifier: a GLUE task by name, or any data with one or two text columns and a label column.
+
+    accelerate launch recipes/bert_classification.py --task_name mnli --student_model_name_or_path bert-base-uncased \
+        --output_dir teacher
+    accelerate launch recipes/bert_classification.py --task_name mnli --teacher_model_name_or_path teacher \
+        --student_layers 0,3,6,9 --output_dir student
+
+Without a teacher it fine-tunes, which is how to make one. The teacher may have another tokenizer than the student.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from common import (
+    DataArguments,
+    StudentArguments,
+    column,
+    fail,
+    load_splits,
+    load_student,
+    loading,
+    option,
+    parse,
+    run,
+    with_class_labels,
+)
+from datasets import DatasetDict
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    DataCollatorWithPadding,
+    EvalPrediction,
+    PreTrainedTokenizerBase,
+)
+
+from hf_dkd import DataCollatorWithTeacherInputs, DKDTrainer, DKDTrainingArguments
+from hf_dkd.metrics import F1, Accuracy, ExpectedCalibrationError, TeacherAgreement, TeacherKL
+
+GLUE = {
+    "cola": ("sentence", None),
+    "sst2": ("sentence", None),
+    "mrpc": ("sentence1", "sentence2"),
+    "qqp": ("question1", "question2"),
+    "mnli": ("premise", "hypothesis"),
+    "qnli": ("question", "sentence"),
+    "rte": ("sentence1", "sentence2"),
+    "wnli": ("sentence1", "sentence2"),
+}
+
+
+@dataclass
+class TextArguments(DataArguments):
+    task_name: str | None = option(None, f"A GLUE task: {', '.join(GLUE)}.", choices=list(GLUE))
+    text_column_name: str | None = option(None, "Column of texts.")
+    text_pair_column_name: str | None = option(None, "Column of second texts, if any.")
+    label_column_name: str | None = option(None, "Column of labels.")
+    max_seq_length: int = option(128, "Tokens after which texts are cut off.")
+
+
+@dataclass
+class TextTrainingArguments(DKDTrainingArguments):
+    output_dir: str = "outputs/bert_classification"
+    num_train_epochs: float = 3
+    learning_rate: float = 5e-5
+    per_device_train_batch_size: int = 32
+    per_device_eval_batch_size: int = 64
+    warmup_steps: float = 0.1
+    eval_strategy: str = "epoch"
+    logging_steps: float = 50
+    save_total_limit: int = 1
+
+
+def load_texts(data: TextArguments) -> tuple[DatasetDict, list[str]]:
+    """Splits of columns text, text_pair (if there are pairs) and labels, and the names of the classes."""
+    if data.task_name is not None:
+        data.dataset_name, data.dataset_config_name = data.dataset_name or "nyu-mll/glue", data.task_name
+        data.text_column_name, data.text_pair_column_name = GLUE[data.task_name]
+    splits = load_splits(data)
+    label = column(splits, data.label_column_name, ("label", "labels", "fine_label", "intent"), "label_column_name")
+    splits, names = with_class_labels(splits, label)
+    columns = {label: "labels"}
+    columns[column(splits, data.text_column_name, ("text", "sentence", "sentence1"), "text_column_name")] = "text"
+    if data.text_pair_column_name is not None or "sentence2" in splits["train"].column_names:
+        columns[column(splits, data.text_pair_column_name, ("sentence2",), "text_pair_column_name")] = "text_pair"
+    return splits.select_columns(list(columns)).rename_columns(columns), names
+
+
+def load_tokenizer(path: str | None, whose: str) -> PreTrainedTokenizerBase:
+    if path is None:
+        fail(f"no {whose}: give --{whose}_model_name_or_path, whose tokenizer splits the texts.")
+    with loading(f"{whose}'s tokenizer", path, f"give a folder with --{whose}_model_name_or_path FOLDER"):
+        return AutoTokenizer.from_pretrained(path)
+
+
+def classification_metrics(prediction: EvalPrediction) -> dict[str, float]:
+    logits: Any = prediction.predictions
+    labels = prediction.label_ids
+    classes = logits.argmax(-1)
+    metrics = Accuracy().compute(predictions=classes, references=labels)
+    metrics |= F1().compute(predictions=classes, references=labels)
+    metrics |= ExpectedCalibrationError().compute(predictions=logits, references=labels)
+    if hasattr(prediction, "teacher_logits"):
+        for metric in (TeacherAgreement(), TeacherKL()):
+            metrics |= metric.compute(predictions=logits, references=prediction.teacher_logits)
+    return metrics
+
+
+def build(data: TextArguments, student: StudentArguments, args: TextTrainingArguments) -> tuple[Any, DatasetDict]:
+    splits, names = load_texts(data)
+    teacher = args.teacher_model_name_or_path
+    tokenizer = load_tokenizer(student.student_model_name_or_path or teacher, "student")
+    collator: Any = DataCollatorWithPadding(tokenizer, pad_to_multiple_of=8)
+    tokenizers = {"": tokenizer}
+    if teacher is not None:
+        teacher_tokenizer = load_tokenizer(teacher, "teacher")
+        if teacher_tokenizer.get_vocab() != tokenizer.get_vocab():
+            tokenizers["teacher_"] = teacher_tokenizer
+            teacher_collator = DataCollatorWithPadding(teacher_tokenizer, pad_to_multiple_of=8)
+            collator = DataCollatorWithTeacherInputs(collator, teacher_collator)
+
+    def tokenize(rows: dict[str, list]) -> dict[str, list]:
+        texts = (rows["text"], rows["text_pair"]) if "text_pair" in rows else (rows["text"],)
+        encoded = {
+            prefix + name: values
+            for prefix, one in tokenizers.items()
+            for name, values in one(*texts, truncation=True, max_length=data.max_seq_length).items()
+        }
+        return encoded | {"labels": rows["labels"]}
+
+    with args.main_process_first(desc="tokenizing"):
+        splits = splits.map(tokenize, batched=True, remove_columns=splits["train"].column_names, desc="Tokenizing")
+    model = load_student(
+        AutoModelForSequenceClassification,
+        student,
+        teacher,
+        num_labels=len(names),
+        id2label=dict(enumerate(names)),
+        label2id={name: index for index, name in enumerate(names)},
+    )
+    with loading("teacher", teacher, "give a folder with --teacher_model_name_or_path FOLDER"):
+        trainer = DKDTrainer(
+            model=model,
+            args=args,
+            data_collator=collator,
+            train_dataset=splits["train"],
+            eval_dataset=splits["validation"],
+            processing_class=tokenizer,
+            compute_metrics=classification_metrics,
+        )
+    return trainer, splits
+
+
+def main() -> None:
+    data, student, args, settings = parse(TextArguments, StudentArguments, TextTrainingArguments)
+    trainer, splits = build(data, student, args)
+    run(
+        trainer,
+        splits,
+        settings,
+        primary="accuracy",
+        table=lambda output: {
+            "label": output.label_ids,
+            "prediction": np.argmax(output.predictions, axis=-1),
+            "logits": output.predictions,
+        },
+        tasks="text-classification",
+        dataset=data.dataset_name or data.train_file,
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,102 @@
+"""Every metric against numbers counted by hand or an independent formula, and through `evaluate.load` by path."""
+
+import math
+from pathlib import Path
+
+import evaluate
+import numpy as np
+import pytest
+import torch
+
+import hf_dkd
+from hf_dkd import metrics
+
+from .. import oracle
+
+FOLDER = Path(hf_dkd.__file__).parent / "metrics"
+
+
+def test_accuracy_counts_hits() -> None:
+    assert metrics.Accuracy().compute(predictions=[0, 1, 2, 2], references=[0, 1, 1, 2]) == {"accuracy": 0.75}
+
+
+def test_top_k_counts_labels_among_the_k_largest() -> None:
+    logits = [[3.0, 2.0, 1.0], [3.0, 2.0, 1.0], [3.0, 2.0, 1.0], [1.0, 2.0, 3.0]]
+    labels = [0, 1, 2, 0]
+    top_k = metrics.TopKAccuracy()
+    assert top_k.compute(predictions=logits, references=labels, k=1) == {"top_1_accuracy": 0.25}
+    assert top_k.compute(predictions=logits, references=labels, k=2) == {"top_2_accuracy": 0.5}
+    assert top_k.compute(predictions=logits, references=labels, k=3) == {"top_3_accuracy": 1.0}
+
+
+def test_top_k_of_two_classes() -> None:
+    found = metrics.TopKAccuracy().compute(predictions=[[0.0, 1.0], [1.0, 0.0]], references=[1, 1], k=1)
+    assert found == {"top_1_accuracy": 0.5}
+
+
+def test_top_k_refuses_more_than_the_classes() -> None:
+    with pytest.raises(ValueError, match=r"k is 4; expected 1 to 3"):
+        metrics.TopKAccuracy().compute(predictions=[[3.0, 2.0, 1.0]], references=[0], k=4)
+
+
+def test_f1_by_hand() -> None:
+    # Class 0: precision 1/2, recall 1; class 1: precision 1, recall 1/3.
+    labels, predictions = [0, 1, 1, 1], [0, 1, 0, 2]
+    macro = metrics.F1().compute(predictions=predictions, references=labels)
+    assert macro == {"f1": pytest.approx((2 / 3 + 1 / 2 + 0) / 3)}
+    assert metrics.F1().compute(predictions=[1, 1, 0], references=[1, 0, 1], average="binary") == {"f1": 0.5}
+
+
+def test_entities_count_only_whole() -> None:
+    references = [["B-person", "I-person", "O", "B-location"], ["O", "O"]]
+    predictions = [["B-person", "O", "O", "B-location"], ["B-group", "O"]]
+    found = metrics.EntityF1().compute(predictions=predictions, references=references)
+    assert found == {"precision": pytest.approx(1 / 3), "recall": 0.5, "f1": pytest.approx(0.4)}
+
+
+def test_agreement_counts_equal_choices() -> None:
+    student, teacher = [[1.0, 0.0], [0.0, 1.0], [2.0, 3.0]], [[5.0, 4.0], [1.0, 0.0], [0.0, 1.0]]
+    found = metrics.TeacherAgreement().compute(predictions=student, references=teacher)
+    assert found == {"teacher_agreement": pytest.approx(2 / 3)}
+
+
+@pytest.mark.parametrize("temperature", [1.0, 4.0])
+def test_teacher_kl_is_the_oracles(temperature: float) -> None:
+    student, teacher = torch.randn(2, 50, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    _, _, kl, _ = oracle.divergences(student, teacher, torch.zeros(50, dtype=torch.long), temperature)
+    found = metrics.TeacherKL().compute(
+        predictions=student.numpy(), references=teacher.numpy(), temperature=temperature
+    )
+    assert found == {"teacher_kl": pytest.approx(kl.mean().item(), rel=1e-12)}
+
+
+def _logits(*confidences: float) -> list[list[float]]:
+    """Two-class logits that choose class 1 with these probabilities."""
+    return [[0.0, math.log(p / (1 - p))] for p in confidences]
+
+
+def test_calibration_error_by_hand() -> None:
+    # Four examples at confidence 0.9, two right; one at 0.6, right.
+    logits, labels = _logits(0.9, 0.9, 0.9, 0.9, 0.6), [1, 1, 0, 0, 1]
+    found = metrics.ExpectedCalibrationError().compute(predictions=logits, references=labels, bins=10)
+    assert found == {"expected_calibration_error": pytest.approx((4 * 0.4 + 1 * 0.4) / 5)}
+
+
+def test_reliability_sorts_into_half_open_bins() -> None:
+    found = metrics.reliability(np.array(_logits(0.6, 0.95, 0.95)), np.array([0, 1, 0]), bins=4)
+    assert found.examples.tolist() == [0, 0, 1, 2]
+    assert found.confidence[2:] == pytest.approx([0.6, 0.95])
+    assert found.accuracy[2:].tolist() == [0.0, 0.5]
+    assert np.isnan(found.accuracy[:2]).all()
+
+
+def test_calibration_of_certain_predictions() -> None:
+    found = metrics.ExpectedCalibrationError().compute(predictions=[[0.0, 1e3], [1e3, 0.0]], references=[1, 0])
+    assert found == {"expected_calibration_error": 0.0}
+
+
+def test_every_module_loads_by_path() -> None:
+    files = sorted(path for path in FOLDER.glob("*.py") if path.name != "__init__.py")
+    loaded = [evaluate.load(str(path)) for path in files]
+    assert len(loaded) == 7
+    assert loaded[0].compute(predictions=[1], references=[1]) == {"accuracy": 1.0}
