@@ -244,6 +244,7 @@ def run(
             "metrics": metrics,
             "training_seconds": round(seconds, 2),
             "resumed_from": resume,
+            "processes": args.world_size,
             "parameters": trainer.model.num_parameters(),
             "settings": settings,
             "versions": {one.name: one.version for one in distributions() if one.name in PACKAGES},
