@@ -30,9 +30,19 @@ class DataCollatorWithTeacherInputs:
     teacher_collator: Callable[[list[Any]], Mapping[str, Any]]
 
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """Collate a list of examples into one dictionary of both models' inputs."""
+        """Collate a list of examples into one dictionary of both models' inputs.
+
+        Raises:
+            ValueError: where only some of the examples have columns for the teacher.
+        """
         own = [_without_prefix(example) for example in examples]
         separate = all(own)
+        if any(own) and not separate:
+            lacking = own.index({})
+            raise ValueError(
+                f"Example {lacking} of the batch has no column that starts with {TEACHER_PREFIX!r}, but others have: "
+                f"its columns are {', '.join(examples[lacking])}. Bring the teacher's columns in all examples or none."
+            )
         students = [_without_teacher(example) for example in examples]
         batch = dict(self.collator(students))
         for name, value in self.teacher_collator(own if separate else [dict(example) for example in examples]).items():

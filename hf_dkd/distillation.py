@@ -3,11 +3,13 @@
 import inspect
 import logging
 import math
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from accelerate.utils import AutocastKwargs
 from torch import Tensor, nn
 from transformers import Trainer
 from transformers.trainer_utils import has_length
@@ -32,14 +34,34 @@ else:
     _Trainer = object
 
 
+class TeacherRows(NamedTuple):
+    """The teacher's half of a micro-batch, and what is needed to take the student's rows at the same places."""
+
+    rows: Tensor
+    labels: Tensor
+    positions: Tensor | None
+    visible: Tensor | None
+    columns: list[str]
+
+
+def _is_loss_of(outputs: Any, loss: Tensor) -> bool:
+    """Whether `loss` is the one that the model itself computed."""
+    first = outputs.get("loss") if isinstance(outputs, Mapping) else outputs[0] if isinstance(outputs, tuple) else None
+    return first is loss
+
+
 class DistillationTraining(_Trainer):
     """Counts the labelled rows of an optimizer step, and computes a micro-batch's share of the objective over them."""
 
     teacher: Teacher | None = None
+    # Set by `prediction_step`: what `compute_loss` returns is then the task loss alone.
     _evaluating = False
 
-    def __init__(self, *args: Any, teacher: nn.Module | str | Teacher | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, teacher: nn.Module | str | os.PathLike | Teacher | None = None, **kwargs: Any
+    ) -> None:
         super().__init__(*args, **kwargs)
+        self._parents_scaling = getattr(self, "loss_is_scaled_for_ga", None)
         self.teacher = self._load_teacher(teacher)
         self._class_order: Tensor | None = None
         self._prepared_student: nn.Module | None = None
@@ -97,17 +119,21 @@ class DistillationTraining(_Trainer):
 
     # ---- Teacher ----
 
-    def _load_teacher(self, teacher: nn.Module | str | Teacher | None) -> Teacher | None:
+    def _load_teacher(self, teacher: nn.Module | str | os.PathLike | Teacher | None) -> Teacher | None:
         settings = self.dkd_args
         path = settings.teacher_model_name_or_path
         if teacher is not None and path is not None:
             raise ValueError(f"A teacher was passed and teacher_model_name_or_path is {path!r}: give one of the two.")
         teacher = path if teacher is None else teacher
-        if isinstance(teacher, str):
+        if isinstance(teacher, str | os.PathLike):
             keywords: Any = settings.teacher_model_init_kwargs or {}
             revision = settings.teacher_model_revision
             return Teacher.from_pretrained(teacher, self._student, revision=revision, **keywords)
-        return Teacher(teacher) if isinstance(teacher, nn.Module) else teacher
+        if isinstance(teacher, nn.Module):
+            return Teacher(teacher)
+        if isinstance(teacher, Teacher | None):
+            return teacher
+        raise TypeError(f"teacher is a {type(teacher).__name__}; expected a module, a path or Hub id, or a Teacher.")
 
     def _prepare_distillation(self) -> None:
         """Check that teacher and student go together, and place the teacher; once for each student."""
@@ -117,7 +143,13 @@ class DistillationTraining(_Trainer):
         self.teacher.prepare(self._student, self.args.device)
         order = None
         if self._known_head.has_named_classes:
-            order = rows.class_order(class_names_of(self._student), self.teacher.class_names)
+            names = class_names_of(self._student)
+            order = rows.class_order(names, self.teacher.class_names)
+            if names is not None and len(names) == 2 and self.dkd_args.distillation == "dkd":
+                self._say(
+                    "Two classes: NCKD is 0, since only one class is not the target, and dkd_beta does nothing. DKD is "
+                    "then classical distillation weighed by dkd_alpha."
+                )
         if order is not None:
             self._say("Reordered the teacher's classes by name to the student's order.")
         self._class_order = None if order is None else torch.tensor(order, device=self.args.device)
@@ -125,7 +157,8 @@ class DistillationTraining(_Trainer):
         self._prepared_student = self.model
 
     def _refuse_what_cannot_be_distilled(self) -> None:
-        if self._known_head is Head.CLASSIFICATION and getattr(self._config, "num_labels", 2) == 1:
+        config = getattr(self._student, "config", None)
+        if self._known_head is Head.CLASSIFICATION and getattr(config, "num_labels", 2) == 1:
             raise ValueError("The student has num_labels=1, a regression head. Distilling needs at least two classes.")
         if self.args.n_gpu > 1:
             raise ValueError(
@@ -134,10 +167,6 @@ class DistillationTraining(_Trainer):
             )
         if self.get_cp_size() * self.get_sp_size() > 1:
             raise ValueError("Distillation does not run with context or sequence parallelism, which split the rows.")
-
-    @property
-    def _config(self) -> Any:
-        return getattr(self._student, "config", None)
 
     def _say(self, message: str) -> None:
         """Log once, on the main process, at a level that shows without any logging set-up."""
@@ -196,29 +225,34 @@ class DistillationTraining(_Trainer):
         """
         self._prepare_distillation()
         student_inputs = self._student_columns(inputs)
-        rescales = self._rescales([inputs])
-        if not rescales:
-            self.__dict__.pop("loss_is_scaled_for_ga", None)
+        if not self._rescales([inputs]):
+            self.loss_is_scaled_for_ga = self._parents_scaling
             return super().compute_loss(
                 model, student_inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
             )
         # Read by `training_step`, which then does not divide by the accumulation steps.
         self.loss_is_scaled_for_ga = True
         if self._evaluating:
-            loss, outputs = self._task_loss(
-                model, student_inputs, rows.count_labelled(self._known_head, inputs, self.label_names)
-            )
+            loss, outputs = self._task_loss(model, student_inputs, num_items_in_batch)
         else:
             loss, outputs = self._distillation_loss(model, inputs, student_inputs, num_items_in_batch)
         return (loss, outputs) if return_outputs else loss
 
-    def _task_loss(self, model: nn.Module, inputs: dict[str, Any], count: Tensor) -> tuple[Tensor, Any]:
-        """The parent's loss as a mean over the `count` labelled rows of this batch alone."""
-        own_function = self.compute_loss_func is not None
-        loss, outputs = super().compute_loss(
-            model, inputs, return_outputs=True, num_items_in_batch=count if own_function else None
-        )
-        return (loss / self._data_parallel_size if own_function else loss), outputs
+    def _task_loss(self, model: nn.Module, inputs: dict[str, Any], total: Tensor | int | None) -> tuple[Tensor, Any]:
+        """The parent's loss on this batch alone, as Trainer computes it on one process."""
+        count = None
+        if total is not None or self.compute_loss_func is not None:
+            # Trainer's own count, which is not ours for GPT-2: equal numbers are comparable numbers.
+            labels = inputs.get("labels")
+            if labels is None:
+                count = rows.count_labelled(self._known_head, inputs, self.label_names)
+            elif inputs.get("shift_labels") is not None:
+                count = inputs["shift_labels"].ne(rows.IGNORE_INDEX).sum()
+            else:
+                count = (labels[..., 1:] if self._loss_shifts_labels else labels).ne(rows.IGNORE_INDEX).sum()
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=count)
+        multiplied = self.model_accepts_loss_kwargs or self.compute_loss_func is not None
+        return (loss / self._data_parallel_size if multiplied and count is not None else loss), outputs
 
     def _distillation_loss(
         self, model: nn.Module, inputs: Mapping[str, Any], student_inputs: dict[str, Any], total: Tensor | int | None
@@ -230,22 +264,8 @@ class DistillationTraining(_Trainer):
         )
         distils = self.teacher is not None and settings.distils
         # Before the student's forward, so that the teacher's activations are gone when the student's are there.
-        teacher_rows = self._labelled_rows("teacher", self._teacher_logits(inputs), inputs) if distils else None
-
-        own_function = self.compute_loss_func is not None
-        if not own_function:
-            student_inputs = rows.with_some_label(head, student_inputs, count, self.label_names)
-        hard, outputs = super().compute_loss(
-            model, student_inputs, return_outputs=True, num_items_in_batch=total if own_function else None
-        )
-        of_head = isinstance(outputs, Mapping) and outputs.get("loss") is hard
-        if head is Head.QUESTION_ANSWERING and of_head:
-            # The head averages starts and ends apart, so that a window without one would weigh the other double.
-            labels = rows.aligned_labels(head, inputs)
-            hard = objective.cross_entropy_sum(rows.logits_of(outputs, "student"), labels) * scale
-        elif not own_function or total is None:
-            hard = objective.share_of_step(hard, count, scale)
-
+        teacher_rows = self._teacher_rows(inputs) if distils else None
+        hard, outputs = self._hard_loss(model, student_inputs, count, scale, total)
         if self.teacher is None:
             return self._for_training_step(hard, total), outputs
 
@@ -255,39 +275,74 @@ class DistillationTraining(_Trainer):
             self._weight = settings.dkd_weight(
                 self.state.global_step + 1, self.state.max_steps, self._steps_per_epoch()
             )
-            sums = objective.distillation_sums(self._side_by_side(inputs, outputs, teacher_rows), settings)
+            aligned = self._side_by_side(outputs, teacher_rows, f"At step {self.state.global_step + 1}")
+            sums = objective.distillation_sums(aligned, settings)
             terms |= {name: scale * value for name, value in sums._asdict().items()}
             terms["dkd"] = self._weight * terms["dkd"]
             loss = loss + terms["dkd"]
-        if not self._terms:
-            self._first_step = self.state.global_step
-        self._terms.add(**terms)
+        self._record(terms, loss)
         return self._for_training_step(loss, total), outputs
 
+    def _hard_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        count: Tensor,
+        scale: Tensor | float,
+        total: Tensor | int | None,
+    ) -> tuple[Tensor, Any]:
+        """The parent's loss as the micro-batch's share of the step, and the student's outputs."""
+        head, own_function = self._known_head, self.compute_loss_func is not None
+        if own_function:
+            loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=total)
+            return (loss if total is not None else objective.share_of_step(loss, count, scale)), outputs
+        inputs = rows.with_some_label(head, inputs, count, self.label_names)
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True)
+        if head is Head.QUESTION_ANSWERING and _is_loss_of(outputs, loss):
+            # The head averages starts and ends apart, so that a window without one would weigh the other double.
+            labels = rows.aligned_labels(head, inputs)
+            return objective.cross_entropy_sum(rows.logits_of(outputs, "student", head), labels) * scale, outputs
+        return objective.share_of_step(loss, count, scale), outputs
+
+    def _record(self, terms: dict[str, Tensor], loss: Tensor) -> None:
+        """Add the terms of a micro-batch to the running ones, as Trainer does with the loss."""
+        if not self._terms:
+            self._first_step = self.state.global_step
+        counts = loss.detach().isfinite() if self.args.logging_nan_inf_filter else True
+        self._terms.add(terms, counts, steps=self.state.global_step - self._first_step)
+
     def _teacher_logits(self, inputs: Mapping[str, Any]) -> Tensor:
-        with self.accelerator.autocast():
+        # A teacher in half precision runs in its own: autocast to the other one cannot mix the two.
+        with self.accelerator.autocast(AutocastKwargs(enabled=self._the_teacher.dtype == torch.float32)):
             return self._the_teacher.logits(inputs)
 
-    def _labelled_rows(self, whose: str, logits: Tensor, inputs: Mapping[str, Any]) -> Tensor:
-        """The rows of `logits` at the labels of `inputs`, (R, C)."""
-        visible = inputs.get("attention_mask") if self.head is Head.QUESTION_ANSWERING else None
-        return rows.labelled_rows(
-            logits, rows.aligned_labels(self._known_head, inputs, self.label_names), whose, visible
-        )
+    def _teacher_rows(self, inputs: Mapping[str, Any], logits: Tensor | None = None) -> "TeacherRows":
+        """The teacher's rows at the labels of `inputs`; its logits are computed unless they are given."""
+        head = self._known_head
+        labels = rows.aligned_labels(head, inputs, self.label_names)
+        positions = rows.labelled_positions(head, labels)
+        visible = inputs.get("attention_mask") if head is Head.QUESTION_ANSWERING else None
+        logits = self._teacher_logits(inputs) if logits is None else logits
+        taken = rows.rows_at(logits, labels, positions, "teacher", visible)
+        # Before the student's own loss fails on them with less to say.
+        rows.check_labels(labels, taken.shape[1])
+        return TeacherRows(taken, labels, positions, visible, self._the_teacher.columns_in(inputs))
 
-    def _side_by_side(self, inputs: Mapping[str, Any], outputs: Any, teacher_rows: Tensor) -> rows.Rows:
+    def _side_by_side(self, outputs: Any, teacher: "TeacherRows", moment: str) -> rows.Rows:
         """The student's rows beside the teacher's, over the same classes and checked."""
-        student_rows = self._labelled_rows("student", rows.logits_of(outputs, "student"), inputs)
-        labels = rows.aligned_labels(self._known_head, inputs, self.label_names)
-        labels = labels[labels != rows.IGNORE_INDEX]
-        aligned = rows.aligned_rows(self._known_head, student_rows, teacher_rows, labels, self._class_order)
+        head, (teacher_rows, labels, positions, visible, columns) = self._known_head, teacher
+        logits = rows.logits_of(outputs, "student", head)
+        student_rows = rows.rows_at(logits, labels, positions, "student", visible)
+        labels = labels.flatten() if positions is None else labels.flatten().index_select(0, positions)
+        aligned = rows.aligned_rows(head, student_rows, teacher_rows, labels, self._class_order)
         if aligned.student.shape[1] < max(student_rows.shape[1], teacher_rows.shape[1]):
             self._say(
                 f"Vocabularies of {student_rows.shape[1]} (student) and {teacher_rows.shape[1]} (teacher) rows: only "
                 f"the {aligned.student.shape[1]} that they share are distilled, the others are taken for padding."
             )
-        columns = self._the_teacher.columns_in(inputs)
-        self._teacher_check.update(objective.unusable_rows(aligned), self.state.global_step + 1, columns)
+        self._teacher_check.update(
+            objective.unusable_teacher(aligned), objective.masking_student(aligned), moment, columns
+        )
         return aligned
 
     def _for_training_step(self, loss: Tensor, total: Tensor | int | None) -> Tensor:

@@ -13,6 +13,7 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from . import objective, rows
 from .distillation import DistillationTraining
+from .heads import Head
 
 
 class DistillationEvaluation(DistillationTraining):
@@ -20,6 +21,10 @@ class DistillationEvaluation(DistillationTraining):
 
     Trainer's loop does the work. The teacher runs only for `eval_with_teacher` or for metrics that want its logits.
     """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._eval_terms = objective.RunningTerms()
+        super().__init__(*args, **kwargs)
 
     def evaluation_loop(
         self,
@@ -30,21 +35,27 @@ class DistillationEvaluation(DistillationTraining):
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
         """Trainer's, with the teacher's terms where `eval_with_teacher` asks for them."""
+        self.dkd_args.check_distillation()
         if self.gather_function == self.accelerator.gather:
-            # Seq2SeqTrainer's choice keeps the examples that fill up the last batch of several processes.
+            # Seq2SeqTrainer's choice keeps the examples that fill up the last batch of several processes, and on one
+            # process lets a partial last batch weigh as much as a whole one.
             self.gather_function = self.accelerator.gather_for_metrics
-        self._eval_terms = objective.RunningTerms()
+        # `compute_metrics` may evaluate once more, within this loop.
+        outer, self._eval_terms = self._eval_terms, objective.RunningTerms()
         pairs = self._metrics_want_teacher()
-        with _teacher_logits_for_metrics(self) if pairs else nullcontext():
-            output = super().evaluation_loop(
-                dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix=metric_key_prefix
-            )
-        if self._eval_terms:
-            self._teacher_check.raise_if_bad(wait=True)
-            metrics: Any = output.metrics
-            sums = self._eval_terms.drain(self.accelerator, "sum")
-            count = max(sums.pop("count"), 1.0)
-            metrics.update({f"{metric_key_prefix}_{name}": total / count for name, total in sums.items()})
+        try:
+            with _teacher_logits_for_metrics(self) if pairs else nullcontext():
+                output = super().evaluation_loop(
+                    dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix=metric_key_prefix
+                )
+            if self._eval_terms:
+                self._teacher_check.raise_if_bad(wait=True)
+                metrics: Any = output.metrics
+                sums = self._eval_terms.drain(self.accelerator, "sum")
+                count = max(sums.pop("count"), 1.0)
+                metrics.update({f"{metric_key_prefix}_{name}": total / count for name, total in sums.items()})
+        finally:
+            self._eval_terms = outer
         return _student_predictions_only(output) if pairs else output
 
     def prediction_step(
@@ -72,19 +83,25 @@ class DistillationEvaluation(DistillationTraining):
             if with_terms:
                 self._add_eval_terms(inputs, outputs[0], teacher_logits)
             if with_logits:
-                return loss, (logits, teacher_logits), labels
+                ordered: Any = rows.in_order(teacher_logits, self._class_order)
+                # Start and end logits apart, as the student's: along the first dimension stand the examples.
+                apart = tuple(ordered) if self.head is Head.QUESTION_ANSWERING else ordered
+                return loss, (logits, apart), labels
         return loss, logits, labels
 
     @torch.no_grad()
     def _add_eval_terms(self, inputs: Mapping[str, Any], outputs: Any, teacher_logits: Tensor) -> None:
-        aligned = self._side_by_side(inputs, outputs, self._labelled_rows("teacher", teacher_logits, inputs))
+        moment = f"In evaluation after step {self.state.global_step}"
+        aligned = self._side_by_side(outputs, self._teacher_rows(inputs, teacher_logits), moment)
         sums = objective.distillation_sums(aligned, self.dkd_args)
         self._eval_terms.add(
-            tckd=sums.tckd,
-            nckd=sums.nckd,
-            teacher_agreement=sums.teacher_agreement,
-            teacher_accuracy=(aligned.teacher.argmax(1) == aligned.labels).sum(),
-            count=torch.tensor(len(aligned.labels), device=sums.tckd.device),
+            {
+                "tckd": sums.tckd,
+                "nckd": sums.nckd,
+                "teacher_agreement": sums.teacher_agreement,
+                "teacher_accuracy": (aligned.teacher.argmax(1) == aligned.labels).sum(),
+                "count": (aligned.labels != rows.IGNORE_INDEX).sum(),
+            }
         )
 
     def _metrics_want_teacher(self) -> bool:
@@ -155,9 +172,9 @@ def _teacher_logits_for_metrics(trainer: Any) -> Iterator[None]:
 
 def _student_predictions_only(output: EvalLoopOutput) -> EvalLoopOutput:
     """The loop's output without the teacher's half of the predictions."""
-    return (
-        output if output.predictions is None else output._replace(predictions=_split_predictions(output.predictions)[0])
-    )
+    if output.predictions is None:
+        return output
+    return output._replace(predictions=_split_predictions(output.predictions)[0])
 
 
 def _split_predictions(pairs: Any) -> tuple[Any, Any]:

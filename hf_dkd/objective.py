@@ -1,5 +1,6 @@
 """The distillation objective on rows, as sums, and the running terms that are logged."""
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -13,7 +14,7 @@ from .training_args import DKDArgumentsMixin
 
 
 class DistillationSums(NamedTuple):
-    """Sums over rows, scalars; `dkd` alone carries a gradient."""
+    """Sums over the labelled rows, scalars; `dkd` alone carries a gradient."""
 
     dkd: Tensor
     """T²·(α·TCKD + β·NCKD); with `distillation="kd"`, α·T²·KL. The warm-up weight is not in it."""
@@ -26,6 +27,7 @@ class DistillationSums(NamedTuple):
 def distillation_sums(rows: Rows, settings: DKDArgumentsMixin) -> DistillationSums:
     """The distillation term of `rows` and its parts, at the temperature and weights of `settings`."""
     student, teacher, labels = rows
+    labelled, labels = labels != IGNORE_INDEX, labels.clamp(min=0)
     temperature = settings.dkd_temperature
     if settings.distillation == "kd":
         terms = settings.dkd_alpha * row_kl(student, teacher, temperature=temperature)
@@ -34,16 +36,22 @@ def distillation_sums(rows: Rows, settings: DKDArgumentsMixin) -> DistillationSu
         tckd, nckd = row_divergences(student, teacher, labels, temperature=temperature)
         terms = weighted_sum(tckd, nckd, settings.dkd_alpha, settings.dkd_beta)
     return DistillationSums(
-        dkd=temperature**2 * terms.sum(),
-        tckd=tckd.detach().sum(),
-        nckd=nckd.detach().sum(),
-        teacher_agreement=(student.argmax(1) == teacher.argmax(1)).sum(),
+        dkd=temperature**2 * torch.where(labelled, terms, 0.0).sum(),
+        tckd=torch.where(labelled, tckd.detach(), 0.0).sum(),
+        nckd=torch.where(labelled, nckd.detach(), 0.0).sum(),
+        teacher_agreement=((student.argmax(1) == teacher.argmax(1)) & labelled).sum(),
     )
 
 
-def unusable_rows(rows: Rows) -> Tensor:
-    """(R,) booleans: rows whose divergence is undefined or infinite, whatever the student learned."""
-    return unusable_teacher_rows(rows.teacher, rows.labels) | student_masks_mass(rows.student, rows.teacher)
+def unusable_teacher(rows: Rows) -> Tensor:
+    """(R,) booleans: the teacher's row cannot be distilled, whatever the student learned."""
+    labelled, labels = rows.labels != IGNORE_INDEX, rows.labels.clamp(min=0)
+    return unusable_teacher_rows(rows.teacher, labels) & labelled
+
+
+def masking_student(rows: Rows) -> Tensor:
+    """(R,) booleans: the student masks (-inf) a class to which the teacher gives mass."""
+    return student_masks_mass(rows.student, rows.teacher) & (rows.labels != IGNORE_INDEX)
 
 
 def step_scale(total: Tensor | int, processes: int) -> Tensor | float:
@@ -71,11 +79,18 @@ class RunningTerms:
     def __bool__(self) -> bool:
         return bool(self._sums)
 
-    def add(self, **terms: Tensor) -> None:
-        """Add one scalar to each named sum. Nothing is read from the device."""
-        for name, value in terms.items():
-            value = value.detach().double() if value.device.type == "cpu" else value.detach().float()
-            self._sums[name] = self._sums[name] + value if name in self._sums else value
+    def add(self, terms: Mapping[str, Tensor], counts: Tensor | bool = True, steps: int = 0) -> None:
+        """Add one scalar to each named sum. Nothing is read from the device.
+
+        Where `counts` is False, the mean over the `steps` so far is added instead, as Trainer's
+        `logging_nan_inf_filter` does with a loss that is not finite.
+        """
+        for name, term in terms.items():
+            value = term.detach().double() if term.device.type == "cpu" else term.detach().float()
+            before = self._sums.get(name, torch.zeros_like(value))
+            if isinstance(counts, Tensor):
+                value = torch.where(counts, value, before / (1 + steps))
+            self._sums[name] = before + value
 
     def drain(self, accelerator: Accelerator, reduction: str = "mean") -> dict[str, float]:
         """The sums, reduced over processes (`"mean"` or `"sum"`), and start again from none. A collective call."""

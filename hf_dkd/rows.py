@@ -15,12 +15,13 @@ from .heads import Head
 
 IGNORE_INDEX = -100
 
-# Vocabularies are padded to a multiple of at most this many rows; what differs by more is another vocabulary.
+# Vocabularies are padded to a multiple of at most this many rows; what differs by more, or by more than an eighth, is
+# another vocabulary.
 _MOST_PADDING_ROWS = 1024
 
 
 class Rows(NamedTuple):
-    """Rows of student and teacher over the same classes, (R, C) each, and their labels (R,), all labelled."""
+    """Rows of student and teacher over the same classes, (R, C) each, and their labels (R,), -100 for none."""
 
     student: Tensor
     teacher: Tensor
@@ -64,7 +65,9 @@ def aligned_labels(head: Head, batch: Mapping[str, Any], label_names: Sequence[s
         )
     if head is Head.CAUSAL_LM:
         return pad(labels[..., 1:], (0, 1), value=IGNORE_INDEX)
-    return labels.reshape(-1) if head in (Head.CLASSIFICATION, Head.MULTIPLE_CHOICE) else labels
+    if head in (Head.CLASSIFICATION, Head.MULTIPLE_CHOICE) and labels.numel() == len(labels):
+        return labels.reshape(-1)
+    return labels
 
 
 def count_labelled(head: Head, batch: Mapping[str, Any], label_names: Sequence[str] = ("labels",)) -> Tensor:
@@ -108,7 +111,7 @@ def with_some_label(
     return changed
 
 
-def logits_of(outputs: Any, whose: str) -> Tensor:
+def logits_of(outputs: Any, whose: str, head: Head | None = None) -> Tensor:
     """The logits in a model's outputs: (B, C), (B, L, C), or start and end logits as (2, B, L).
 
     Raises:
@@ -122,22 +125,40 @@ def logits_of(outputs: Any, whose: str) -> Tensor:
         if outputs.get("start_logits") is not None and outputs.get("end_logits") is not None:
             return torch.stack((outputs["start_logits"], outputs["end_logits"]))
         found = ", ".join(outputs)
-    else:
+    elif isinstance(outputs, Sequence):
         # With `return_dict=False` the loss, a scalar, may come first.
         tensors = [value for value in outputs if isinstance(value, Tensor) and value.ndim >= 2]
+        if head is Head.QUESTION_ANSWERING and len(tensors) >= 2:
+            return torch.stack(tensors[:2])
         if tensors:
             return tensors[0]
         found = f"a {type(outputs).__name__} without a tensor of two or more dimensions"
+    else:
+        found = type(outputs).__name__
     raise ValueError(
         f"The {whose}'s outputs hold no logits (found: {found}). Switch off whatever fuses its loss with its head, "
         "such as use_liger_kernel=True or a trainer's own fused loss."
     )
 
 
-def labelled_rows(logits: Tensor, labels: Tensor, whose: str, visible: Tensor | None = None) -> Tensor:
-    """The rows of `logits` (..., C) at which `labels` (...) is not -100: (R, C).
+def labelled_positions(head: Head, labels: Tensor) -> Tensor | None:
+    """The indices of the labelled rows among all rows of a batch, (R,); None for heads with few rows an example.
 
-    `visible` (B, L), the attention mask of a question answering head, masks the padding out of its classes.
+    Telling them reads the device once. Where most rows have a label, all are taken instead, and those without one are
+    masked later: nothing is read.
+    """
+    if head in (Head.CLASSIFICATION, Head.MULTIPLE_CHOICE, Head.QUESTION_ANSWERING):
+        return None
+    return (labels.flatten() != IGNORE_INDEX).nonzero().squeeze(1)
+
+
+def rows_at(
+    logits: Tensor, labels: Tensor, positions: Tensor | None, whose: str, visible: Tensor | None = None
+) -> Tensor:
+    """The rows of `logits` (..., C) at `positions` among `labels` (...): (R, C).
+
+    Without positions: all rows, those labelled -100 as zeros. `visible` (B, L), the attention mask of a question
+    answering head, masks the padding out of its classes.
 
     Raises:
         ValueError: where logits and labels do not stand side by side.
@@ -150,24 +171,37 @@ def labelled_rows(logits: Tensor, labels: Tensor, whose: str, visible: Tensor | 
         )
     if visible is not None:
         logits = logits.masked_fill(visible == 0, -torch.inf)
-    return logits[labels != IGNORE_INDEX]
+    if positions is None:
+        return logits.masked_fill((labels == IGNORE_INDEX).unsqueeze(-1), 0.0).flatten(0, -2)
+    return logits.flatten(0, -2).index_select(0, positions)
+
+
+def check_labels(labels: Tensor, classes: int) -> None:
+    """Raise a `ValueError` for a label outside `classes`; on a CPU only, where reading values costs nothing."""
+    if labels.device.type != "cpu":
+        return
+    wrong = labels[((labels < 0) | (labels >= classes)) & (labels != IGNORE_INDEX)]
+    if len(wrong):
+        raise ValueError(
+            f"label {wrong[0].item()} is outside [0, {classes}), the classes of student and teacher. Mark positions "
+            f"without a label by {IGNORE_INDEX}."
+        )
 
 
 def aligned_rows(head: Head, student: Tensor, teacher: Tensor, labels: Tensor, order: Tensor | None = None) -> Rows:
-    """Bring labelled rows of student (R, C) and teacher (R, C) to the same classes.
+    """Bring rows of student (R, C) and teacher (R, C) to the same classes.
 
     Args:
+        labels: (R,), -100 where a row has none.
         order: the teacher's column for each of the student's classes; see `class_order`. Vocabularies that differ in
             padding rows are cut to the rows they share.
 
     Raises:
-        ValueError: for different numbers of classes, a single class, or labels outside the classes (on a CPU, where
-            reading values costs nothing).
+        ValueError: for different numbers of classes, a single class, or, on a CPU, labels outside the classes.
     """
-    if order is not None and teacher.shape[1] == len(order):
-        teacher = teacher.index_select(1, order)
+    teacher = in_order(teacher, order)
     student_classes, teacher_classes = student.shape[1], teacher.shape[1]
-    if head.has_vocabulary and abs(student_classes - teacher_classes) < _MOST_PADDING_ROWS:
+    if head.has_vocabulary and _differ_in_padding(student_classes, teacher_classes):
         shared = min(student_classes, teacher_classes)
         student, teacher = student[:, :shared], teacher[:, :shared]
     if student.shape[1] != teacher.shape[1]:
@@ -183,13 +217,13 @@ def aligned_rows(head: Head, student: Tensor, teacher: Tensor, labels: Tensor, o
         raise ValueError(
             "The student's head has one output, as for regression. Distillation needs at least two classes."
         )
-    if labels.device.type == "cpu" and len(labels) and ((labels < 0) | (labels >= student.shape[1])).any():
-        wrong = labels[(labels < 0) | (labels >= student.shape[1])][0]
-        raise ValueError(
-            f"label {wrong.item()} is outside [0, {student.shape[1]}), the classes of student and teacher. Mark "
-            f"positions without a label by {IGNORE_INDEX}."
-        )
+    check_labels(labels, student.shape[1])
     return Rows(student, teacher, labels.long())
+
+
+def in_order(logits: Tensor, order: Tensor | None) -> Tensor:
+    """The teacher's logits (..., C) with their columns in the student's order."""
+    return logits if order is None or logits.shape[-1] != len(order) else logits.index_select(-1, order)
 
 
 def class_order(student_names: Sequence[str] | None, teacher_names: Sequence[str] | None) -> list[int] | None:
@@ -219,8 +253,19 @@ def class_order(student_names: Sequence[str] | None, teacher_names: Sequence[str
     return [teacher_names.index(name) for name in student_names]
 
 
+def _differ_in_padding(size: int, other: int) -> bool:
+    difference, larger = abs(size - other), max(size, other)
+    return difference < _MOST_PADDING_ROWS and 8 * difference <= larger
+
+
 def _aligned_positions(batch: Mapping[str, Any]) -> Tensor:
-    window = next(batch[name].shape[1] for name in ("input_ids", "inputs_embeds") if batch.get(name) is not None)
+    inputs = next((batch[name] for name in ("input_ids", "inputs_embeds") if batch.get(name) is not None), None)
+    if inputs is None:
+        raise ValueError(
+            "Question answering ignores positions outside the window, whose length input_ids or inputs_embeds tell: "
+            f"the batch has neither, but {', '.join(batch)}."
+        )
+    window = inputs.shape[1]
     positions = [batch[name].reshape(-1).clamp(0, window) for name in ("start_positions", "end_positions")]
     return torch.stack([position.masked_fill(position == window, IGNORE_INDEX) for position in positions])
 

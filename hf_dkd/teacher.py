@@ -1,6 +1,7 @@
 """The teacher: load, freeze, place, choose its inputs, run."""
 
 import inspect
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -10,10 +11,12 @@ import transformers
 from torch import Tensor, nn
 from transformers.utils import find_labels
 
-from .heads import auto_class_name, bare_model
+from .heads import auto_class_name, bare_model, head_of
 from .rows import logits_of
 
 TEACHER_PREFIX = "teacher_"
+
+_MAIN_INPUTS = ("input_ids", "pixel_values", "input_values", "input_features")
 
 
 class Teacher:
@@ -40,7 +43,8 @@ class Teacher:
         self.shares_student = False
         self._shared: list[nn.Module] = []
         self._label_names = None if label_names is None else list(label_names)
-        self._main_input_name = "input_ids"
+        self._main_input_name: str | None = None
+        self._source_name: str | None = None
         self._parameters = inspect.signature(bare_model(model).forward).parameters
         labels = {*find_labels(type(bare_model(model))), "labels"}
         self.columns = [
@@ -73,14 +77,15 @@ class Teacher:
 
     @classmethod
     def from_pretrained(
-        cls, name_or_path: str, student: nn.Module, *, revision: str | None = None, **init_kwargs: Any
+        cls, name_or_path: str | os.PathLike, student: nn.Module, *, revision: str | None = None, **init_kwargs: Any
     ) -> "Teacher":
         """Load a teacher from a path or the Hub by the Auto class that loads models of the student's kind.
 
         Weights are read from safetensors, and no remote code runs, unless `init_kwargs` says otherwise.
 
         Raises:
-            ValueError: where the student's architecture does not tell the Auto class.
+            ValueError: where the student's architecture does not tell the Auto class, or where the checkpoint lacks
+                weights, such as those of the head.
         """
         auto_name = auto_class_name(student)
         if auto_name is None:
@@ -88,17 +93,33 @@ class Teacher:
                 f"Cannot tell which Auto class loads a teacher for {type(bare_model(student)).__name__}: load it "
                 "yourself and pass the module, DKDTrainer(..., teacher=model)."
             )
-        init_kwargs.setdefault("use_safetensors", True)
-        return cls(getattr(transformers, auto_name).from_pretrained(name_or_path, revision=revision, **init_kwargs))
+        init_kwargs = {"use_safetensors": True, **init_kwargs, "output_loading_info": True}
+        model, info = getattr(transformers, auto_name).from_pretrained(name_or_path, revision=revision, **init_kwargs)
+        if info["missing_keys"]:
+            raise ValueError(
+                f"The teacher {str(name_or_path)!r} lacks weights: {', '.join(sorted(info['missing_keys'])[:5])}. They "
+                "would be random, so that the student would learn from noise: fine-tune the teacher first."
+            )
+        teacher = cls(model)
+        teacher._source_name = os.fspath(name_or_path)
+        return teacher
 
     @property
     def name(self) -> str:
         """Where the teacher came from, or its class."""
         model = bare_model(self.model)
-        name = getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__
+        name = self._source_name or getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__
         if not self.shares_student:
             return name
         return f"{name} with {'adapters off' if self.adapter is None else f'adapter {self.adapter!r}'}"
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """The floating type of the weights; None where there are none."""
+        dtype = getattr(self.model, "dtype", None)
+        if isinstance(dtype, torch.dtype):
+            return dtype
+        return next((parameter.dtype for parameter in self.model.parameters() if parameter.is_floating_point()), None)
 
     @property
     def class_names(self) -> list[str] | None:
@@ -111,8 +132,9 @@ class Teacher:
         Raises:
             ValueError: where the teacher is the student, or shares parameters that are trained.
         """
-        self._main_input_name = getattr(student, "main_input_name", "input_ids")
+        self._main_input_name = getattr(student, "main_input_name", None)
         if self.shares_student:
+            self._check_shared(student)
             return
         of_student = set(student.modules())
         self._shared = [module for module in self.model.modules() if module in of_student]
@@ -133,11 +155,21 @@ class Teacher:
         if not placed:
             self.model.to(device)
 
+    def _check_shared(self, student: nn.Module) -> None:
+        if bare_model(self.model) is not bare_model(student):
+            raise ValueError(
+                "Teacher.from_adapter got another model than the student that is trained: pass it the trainer's model."
+            )
+        active = student.base_model.active_adapters  # type: ignore[union-attr]
+        if self.adapter is not None and self.adapter in active:  # type: ignore[operator]
+            raise ValueError(
+                f"Adapter {self.adapter!r} is the one that is trained, so that the student would teach itself. Name "
+                "another adapter, or None to switch adapters off."
+            )
+
     def columns_in(self, batch: Mapping[str, Any]) -> list[str]:
         """The columns of `batch` that the teacher reads, under their names there."""
-        found = [source for name in self.columns if (source := _source(name, batch)) is not None]
-        sole = _source(self._main_input_name, batch)
-        return found or ([] if sole is None else [sole])
+        return list(self._sources(batch).values())
 
     def inputs(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """What the teacher reads of `batch`: the columns its `forward` names, `teacher_`-prefixed ones first.
@@ -145,10 +177,13 @@ class Teacher:
         Raises:
             ValueError: where there are none, or where a shared mask does not fit the teacher's own ids.
         """
-        chosen = {name: batch[source] for name in self.columns if (source := _source(name, batch)) is not None}
-        main_input = getattr(bare_model(self.model), "main_input_name", None)
-        if not chosen or (main_input in self.columns and not {main_input, "inputs_embeds"} & set(chosen)):
-            return self._sole_input(batch)
+        chosen = {name: batch[source] for name, source in self._sources(batch).items()}
+        if not chosen:
+            raise ValueError(
+                "The batch has none of the columns that the teacher reads. Its forward names "
+                f"{', '.join(self.columns)}; the batch has {', '.join(batch)}. Add the missing ones, prefixed by "
+                f"{TEACHER_PREFIX!r} if the student must not see them."
+            )
         _check_lengths(chosen, batch)
         if self._needs_decoder_inputs(chosen, batch):
             # The model would derive them from labels, at the price of a loss nobody needs.
@@ -168,7 +203,7 @@ class Teacher:
         Computed under `no_grad`, not `inference_mode`: autograd could not save inference tensors for the student.
         """
         with self._acting():
-            return logits_of(self.model(**self.inputs(batch)), "teacher")
+            return logits_of(self.model(**self.inputs(batch)), "teacher", head_of(self.model))
 
     @contextmanager
     def _acting(self) -> Iterator[None]:
@@ -211,20 +246,21 @@ class Teacher:
             model.set_adapter(active)
             model.base_model.set_adapter(of_layers)
 
-    def _sole_input(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+    def _sources(self, batch: Mapping[str, Any]) -> dict[str, str]:
+        """For each input of the teacher's `forward`, the column of `batch` that feeds it."""
+        sources = {name: source for name in self.columns if (source := _source(name, batch)) is not None}
+        main_input = getattr(bare_model(self.model), "main_input_name", None)
+        if sources and (main_input not in self.columns or {main_input, "inputs_embeds"} & set(sources)):
+            return sources
+        # A plain module, such as forward(x), takes the main input under the name that it has.
         required = [
             name
             for name, p in self._parameters.items()
             if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
         ]
-        source = _source(self._main_input_name, batch)
-        if len(required) == 1 and source is not None:
-            return {required[0]: self._cast(batch[source])}
-        raise ValueError(
-            f"The batch has none of the columns that the teacher reads. Its forward names {', '.join(self.columns)}; "
-            f"the batch has {', '.join(batch)}. Add the missing ones, prefixed by {TEACHER_PREFIX!r} if the student "
-            "must not see them."
-        )
+        main = [self._main_input_name] if self._main_input_name else _MAIN_INPUTS
+        source = next((found for name in main if (found := _source(name, batch)) is not None), None)
+        return {required[0]: source} if len(required) == 1 and source is not None else {}
 
     @property
     def _can_cache(self) -> bool:
@@ -245,18 +281,16 @@ class Teacher:
         )
 
     def _cast(self, value: Any) -> Any:
-        dtype = getattr(self.model, "dtype", None) or next(
-            (parameter.dtype for parameter in self.model.parameters() if parameter.is_floating_point()), None
-        )
-        if isinstance(value, Tensor) and value.is_floating_point() and isinstance(dtype, torch.dtype):
-            return value.to(dtype)
+        if isinstance(value, Tensor) and value.is_floating_point() and self.dtype is not None:
+            return value.to(self.dtype)
         return value
 
 
 def class_names_of(model: nn.Module) -> list[str] | None:
     """`config.id2label` in the order of the classes; None where the model has none."""
     names = getattr(getattr(bare_model(model), "config", None), "id2label", None)
-    return [names[index] for index in sorted(names)] if names else None
+    # Read from JSON the keys are strings, and "10" would come before "2".
+    return [names[index] for index in sorted(names, key=int)] if names else None
 
 
 def _source(name: str, batch: Mapping[str, Any]) -> str | None:

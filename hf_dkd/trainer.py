@@ -1,8 +1,11 @@
 """`DKDTrainer` and `DKDSeq2SeqTrainer`: the trainers of transformers with a frozen teacher beside the student."""
 
 from collections.abc import Callable
+from os import PathLike
+from pathlib import Path
 from typing import Any
 
+from safetensors import safe_open
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
@@ -33,7 +36,8 @@ class DKDMixin(DistillationEvaluation):
 
     The teacher runs in `compute_loss`, whose objective is ce_weight·CE + w·T²·(α·TCKD + β·NCKD): sums over the labelled
     rows of the whole optimizer step, divided by their number N over all micro-batches and processes. CE is what the
-    parent class's `compute_loss` returns. Without a teacher it is the parent class, but for N where that one is wrong
+    parent class's `compute_loss` returns: called without a count, a mean over the labels of the micro-batch. Without a
+    teacher it is the parent class, but for N where that one is wrong
     (https://github.com/huggingface/transformers/issues/47688).
 
     Args:
@@ -44,9 +48,9 @@ class DKDMixin(DistillationEvaluation):
             other class names, one class, or a parallelism that splits sequences.
     """
 
-    def __init__(self, *args: Any, teacher: nn.Module | str | Teacher | None = None, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, teacher: nn.Module | str | PathLike | Teacher | None = None, **kwargs: Any) -> None:
         super().__init__(*args, teacher=teacher, **kwargs)
-        self.add_callback(_StartOfTraining(self))
+        self.add_callback(_TrainingWatch(self))
 
     def _begin_training(self) -> None:
         self.dkd_args.check_distillation()
@@ -82,9 +86,12 @@ class DKDMixin(DistillationEvaluation):
             or getattr(model, "is_distributed_loading_by_transformers", False)
         )
         adapted = hasattr(model, "peft_config") or getattr(model, "hf_quantizer", None) is not None
-        if checkpoint and isinstance(model, PreTrainedModel) and not sharded and not adapted:
-            saved = type(model).from_pretrained(checkpoint, config=model.config, dtype=model.dtype)
-            model.load_state_dict(saved.state_dict())
+        if not checkpoint or not isinstance(model, PreTrainedModel) or sharded or adapted:
+            return
+        missed = _names_not_in(checkpoint, model)
+        if missed:
+            saved = type(model).from_pretrained(checkpoint, config=model.config, dtype=model.dtype).state_dict()
+            model.load_state_dict({name: saved[name] for name in missed}, strict=False)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Trainer's, with a section on the distillation: the teacher, the settings and the final terms."""
@@ -95,14 +102,28 @@ class DKDMixin(DistillationEvaluation):
             )
 
 
-class _StartOfTraining(TrainerCallback):
-    """Checks the settings again when training starts: a search sets them after construction, within `train`."""
+def _names_not_in(checkpoint: str, model: PreTrainedModel) -> list[str]:
+    """The weights of `model` whose names the files of `checkpoint` lack; tied ones need only one name."""
+    files = [safe_open(file, "pt") for file in Path(checkpoint).glob("model*.safetensors")]
+    stored = set().union(*(file.keys() for file in files))
+    weights = model.state_dict()
+    found = {weights[name].data_ptr() for name in stored & weights.keys()}
+    return [name for name, weight in weights.items() if name not in stored and weight.data_ptr() not in found]
+
+
+class _TrainingWatch(TrainerCallback):
+    """Checks the settings again when training starts, since a search sets them within `train`, and the teacher's last
+    outputs when it ends.
+    """
 
     def __init__(self, trainer: DKDMixin) -> None:
         self.trainer = trainer
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer._begin_training()
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer._teacher_check.raise_if_bad(wait=True)
 
 
 class DKDTrainer(DKDMixin, Trainer):
@@ -127,7 +148,7 @@ class DKDTrainer(DKDMixin, Trainer):
         optimizers: tuple[Optimizer | None, LambdaLR | None] = (None, None),
         optimizer_cls_and_kwargs: tuple[type[Optimizer], dict[str, Any]] | None = None,
         preprocess_logits_for_metrics: Callable[[Tensor, Tensor], Tensor] | None = None,
-        teacher: nn.Module | str | Teacher | None = None,
+        teacher: nn.Module | str | PathLike | Teacher | None = None,
     ) -> None:
         super().__init__(
             model=model,
@@ -164,7 +185,7 @@ class DKDSeq2SeqTrainer(DKDMixin, Seq2SeqTrainer):  # type: ignore[misc]  # its 
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[Optimizer | None, LambdaLR | None] = (None, None),
         preprocess_logits_for_metrics: Callable[[Tensor, Tensor], Tensor] | None = None,
-        teacher: nn.Module | str | Teacher | None = None,
+        teacher: nn.Module | str | PathLike | Teacher | None = None,
     ) -> None:
         super().__init__(
             model=model,

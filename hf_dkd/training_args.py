@@ -68,7 +68,12 @@ class DKDArgumentsMixin:
 
     def __post_init__(self) -> None:
         if isinstance(self.teacher_model_init_kwargs, str):
-            self.teacher_model_init_kwargs = json.loads(self.teacher_model_init_kwargs)
+            try:
+                self.teacher_model_init_kwargs = json.loads(self.teacher_model_init_kwargs)
+            except json.JSONDecodeError as error:
+                raise ValueError(
+                    f"teacher_model_init_kwargs is {self.teacher_model_init_kwargs!r}; expected a JSON object: {error}."
+                ) from None
         if not isinstance(self.teacher_model_init_kwargs, dict | None):
             raise ValueError(
                 f"teacher_model_init_kwargs is {self.teacher_model_init_kwargs!r}; expected a JSON object."
@@ -82,10 +87,13 @@ class DKDArgumentsMixin:
         """Raise a `ValueError` that names the first setting out of range."""
         for name in ("dkd_alpha", "dkd_beta", "ce_weight", "dkd_warmup_steps", "dkd_warmup_epochs", "dkd_temperature"):
             # A hyper-parameter search casts to the type of the old value: an int would truncate what it tries.
-            value = float(getattr(self, name))
+            try:
+                value = float(getattr(self, name))
+            except (TypeError, ValueError):
+                raise ValueError(f"{name} is {getattr(self, name)!r}; expected a number.") from None
             setattr(self, name, value)
             if not math.isfinite(value) or value < 0 or (name == "dkd_temperature" and value == 0):
-                raise ValueError(f"{name} is {value}; expected a finite number {_range(name)}.")
+                raise ValueError(f"{name} is {value}; expected a finite number {_expected_range(name)}.")
         if self.dkd_warmup_steps and self.dkd_warmup_epochs:
             raise ValueError(
                 f"dkd_warmup_steps is {self.dkd_warmup_steps} and dkd_warmup_epochs is {self.dkd_warmup_epochs}; set "
@@ -152,5 +160,5 @@ class DKDSeq2SeqTrainingArguments(DKDArgumentsMixin, Seq2SeqTrainingArguments):
     """`Seq2SeqTrainingArguments` with the fields of `DKDArgumentsMixin`."""
 
 
-def _range(name: str) -> str:
+def _expected_range(name: str) -> str:
     return "above 0" if name == "dkd_temperature" else "of 0 or above"

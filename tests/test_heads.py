@@ -3,8 +3,10 @@ import torch
 import transformers as tf
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from torch.nn.functional import cross_entropy
 
 from hf_dkd.heads import Head, auto_class_name, bare_model, head_of
+from hf_dkd.rows import aligned_labels, logits_of
 
 from .models import ARCHITECTURES
 
@@ -29,6 +31,39 @@ AUTO_CLASSES = {
 }
 
 
+_TRANSFORMER = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+_ONE_CONVOLUTION = {
+    "conv_dim": (16,),
+    "conv_stride": (5,),
+    "conv_kernel": (10,),
+    "num_feat_extract_layers": 1,
+    "num_conv_pos_embeddings": 4,
+    "num_conv_pos_embedding_groups": 2,
+}
+
+# Classifiers of video and audio: a model, a batch of two inputs, and the Auto class.
+VIDEO_AND_AUDIO = {
+    "videomae": (
+        tf.VideoMAEForVideoClassification,
+        tf.VideoMAEConfig(image_size=16, patch_size=8, num_frames=4, num_labels=5, **_TRANSFORMER),
+        {"pixel_values": torch.zeros(2, 4, 3, 16, 16)},
+        "AutoModelForVideoClassification",
+    ),
+    "wav2vec2": (
+        tf.Wav2Vec2ForSequenceClassification,
+        tf.Wav2Vec2Config(num_labels=5, **_ONE_CONVOLUTION, **_TRANSFORMER),
+        {"input_values": torch.zeros(2, 400)},
+        "AutoModelForAudioClassification",
+    ),
+    "ast": (
+        tf.ASTForAudioClassification,
+        tf.ASTConfig(patch_size=4, max_length=16, num_mel_bins=16, num_labels=5, **_TRANSFORMER),
+        {"input_values": torch.zeros(2, 16, 16)},
+        "AutoModelForAudioClassification",
+    ),
+}
+
+
 class BertWithABonus(tf.BertForSequenceClassification):
     """A user's own subclass, whose name no mapping lists."""
 
@@ -38,6 +73,20 @@ def test_head_and_auto_class_come_from_the_architecture(name: str) -> None:
     model = ARCHITECTURES[name].model()
     assert head_of(model) is ARCHITECTURES[name].head
     assert auto_class_name(model) == AUTO_CLASSES[name]
+
+
+@pytest.mark.parametrize("name", VIDEO_AND_AUDIO)
+def test_video_and_audio_classifiers_have_a_row_an_example(name: str) -> None:
+    model_class, config, inputs, auto_class = VIDEO_AND_AUDIO[name]
+    model, labels = model_class(config).eval(), torch.tensor([0, 3])
+    assert head_of(model) is Head.CLASSIFICATION
+    assert auto_class_name(model) == auto_class
+    outputs = model(**inputs, labels=labels)
+    rows = logits_of(outputs, "student")
+    assert rows.shape == (2, 5)
+    assert torch.equal(aligned_labels(Head.CLASSIFICATION, {**inputs, "labels": labels}), labels)
+    # The head's own loss is the mean over those rows.
+    assert torch.allclose(cross_entropy(rows, labels), outputs.loss)
 
 
 def test_a_subclass_has_the_head_of_its_parent() -> None:

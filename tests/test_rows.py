@@ -14,8 +14,10 @@ from hf_dkd.rows import (
     class_order,
     count_labelled,
     has_labels,
-    labelled_rows,
+    label_columns,
+    labelled_positions,
     logits_of,
+    rows_at,
     with_some_label,
     without_labels_from,
 )
@@ -27,14 +29,17 @@ IGNORED = -100
 
 def rows_of(head: Head, outputs: Any, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     labels = aligned_labels(head, batch)
-    return labelled_rows(logits_of(outputs, "student"), labels, "student"), labels[labels != IGNORED]
+    positions = labelled_positions(head, labels)
+    rows, labels = rows_at(logits_of(outputs, "student", head), labels, positions, "student"), labels.flatten()
+    return rows, labels if positions is None else labels[positions]
 
 
 def assert_rows_give_the_models_own_loss(head: Head, model: Any, batch: dict[str, Tensor]) -> None:
     outputs = model(**batch)
     logits, labels = rows_of(head, outputs, batch)
     torch.testing.assert_close(cross_entropy(logits, labels), outputs.loss, rtol=0, atol=1e-6)
-    assert count_labelled(head, batch).item() == len(logits) == len(labels)
+    assert len(logits) == len(labels)
+    assert count_labelled(head, batch) == (labels != IGNORED).sum()
 
 
 # ---- Where the labels stand ----
@@ -96,7 +101,7 @@ def test_padding_is_no_answer_to_student_or_teacher() -> None:
     for model, whose in ((student, "student"), (teacher, "teacher")):
         logits = logits_of(model(**batch), whose)
         assert logits.shape == (2, 8, LENGTH)
-        rows = labelled_rows(logits, labels, whose, batch["attention_mask"])
+        rows = rows_at(logits, labels, None, whose, batch["attention_mask"])
         assert (rows[padding] == -torch.inf).all()
         torch.testing.assert_close(rows[~padding], logits.flatten(0, 1)[~padding], rtol=0, atol=0)
         assert (rows.softmax(1)[padding] == 0).all()
@@ -160,6 +165,24 @@ def test_a_label_outside_the_classes_is_named(wrong: int) -> None:
         aligned_rows(Head.CLASSIFICATION, torch.zeros(3, 5), torch.zeros(3, 5), torch.tensor([0, wrong, 4]))
 
 
+def test_a_row_without_a_label_is_in_no_class_and_none_too_many() -> None:
+    rows = aligned_rows(Head.CLASSIFICATION, torch.zeros(2, 5), torch.zeros(2, 5), torch.tensor([IGNORED, 4]))
+    assert rows.labels.tolist() == [IGNORED, 4]
+
+
+def test_several_labels_an_example_keep_their_shape_for_the_message() -> None:
+    labels = aligned_labels(Head.CLASSIFICATION, {"labels": torch.zeros(8, 5, dtype=torch.long)})
+    with pytest.raises(ValueError, match=r"logits have shape \(8, 5\) for labels of shape \(8, 5\)"):
+        rows_at(torch.zeros(8, 5), labels, None, "student")
+
+
+def test_question_answering_needs_the_length_of_its_window() -> None:
+    with pytest.raises(ValueError, match=r"neither, but pixel_values, start_positions, end_positions"):
+        aligned_labels(
+            Head.QUESTION_ANSWERING, dict.fromkeys(("pixel_values", "start_positions", "end_positions"), torch.zeros(2))
+        )
+
+
 def test_a_batch_without_labels_has_no_rows() -> None:
     model, batch = ARCHITECTURES["bert_tokens"]()
     batch["labels"] = torch.full_like(batch["labels"], IGNORED)
@@ -173,14 +196,15 @@ def test_a_batch_without_labels_has_no_rows() -> None:
 
 
 @pytest.mark.parametrize("labelled", [True, False])
-@pytest.mark.parametrize("name", ["vit", "resnet", "bert_tokens", "bert_choice", "bert_mlm", "gpt2"])
+@pytest.mark.parametrize("name", ["vit", "resnet", "bert_tokens", "bert_choice", "bert_mlm", "bert_qa", "gpt2"])
 def test_logits_in_a_tuple_are_those_in_a_dictionary(name: str, labelled: bool) -> None:
-    model, batch = ARCHITECTURES[name]()
+    head, (model, batch) = ARCHITECTURES[name].head, ARCHITECTURES[name]()
     model.eval()
-    labels = batch.pop("labels")
-    batch |= {"labels": labels} if labelled else {}
+    if not labelled:
+        batch = {column: value for column, value in batch.items() if column not in label_columns(head)}
+    in_a_tuple, in_a_dictionary = (model(**batch, return_dict=kind) for kind in (False, True))
     torch.testing.assert_close(
-        logits_of(model(**batch, return_dict=False), "student"), logits_of(model(**batch), "student"), rtol=0, atol=0
+        logits_of(in_a_tuple, "student", head), logits_of(in_a_dictionary, "student", head), rtol=0, atol=0
     )
 
 
@@ -207,7 +231,24 @@ def test_outputs_without_logits_name_what_there_is_and_the_remedy(outputs: Any, 
 def test_logits_that_do_not_stand_beside_their_labels_name_both_shapes(shape: tuple[int, ...]) -> None:
     message = rf"teacher's logits have shape {re.escape(str(shape))} for labels of shape \(8, 12\)"
     with pytest.raises(ValueError, match=message):
-        labelled_rows(torch.zeros(shape), torch.zeros(8, 12, dtype=torch.long), "teacher")
+        rows_at(torch.zeros(shape), torch.zeros(8, 12, dtype=torch.long), None, "teacher")
+
+
+def test_rows_without_a_label_are_zeros_where_all_are_taken() -> None:
+    logits = torch.tensor([[1.0, 2.0], [torch.nan, torch.inf], [3.0, 4.0]])
+    rows = rows_at(logits, torch.tensor([0, IGNORED, 1]), None, "teacher")
+    assert rows.tolist() == [[1.0, 2.0], [0.0, 0.0], [3.0, 4.0]]
+
+
+@pytest.mark.parametrize("head", list(Head))
+def test_only_heads_of_many_rows_an_example_leave_rows_out(head: Head) -> None:
+    labels = torch.tensor([[3, IGNORED], [IGNORED, 1]])
+    positions = labelled_positions(head, labels)
+    if head in (Head.TOKEN_CLASSIFICATION, Head.LM, Head.CAUSAL_LM):
+        assert positions.tolist() == [0, 3]
+        assert torch.equal(rows_at(torch.eye(4).view(2, 2, 4), labels, positions, "student"), torch.eye(4)[[0, 3]])
+    else:
+        assert positions is None
 
 
 # ---- Which class is which ----
@@ -265,17 +306,18 @@ def test_different_numbers_of_classes_are_an_error_with_both(head: Head) -> None
 
 
 @pytest.mark.parametrize("head", [Head.LM, Head.CAUSAL_LM])
-@pytest.mark.parametrize(("student_size", "teacher_size"), [(100, 112), (112, 100), (100, 1123)])
+@pytest.mark.parametrize(("student_size", "teacher_size"), [(100, 112), (112, 100), (151936, 152064)])
 def test_padding_rows_of_a_vocabulary_are_cut(head: Head, student_size: int, teacher_size: int) -> None:
     student, teacher, labels = torch.randn(6, student_size), torch.randn(6, teacher_size), torch.arange(6)
+    shared = min(student_size, teacher_size)
     rows = aligned_rows(head, student, teacher, labels)
-    assert torch.equal(rows.student, student[:, :100])
-    assert torch.equal(rows.teacher, teacher[:, :100])
-    with pytest.raises(ValueError, match=r"label 100 is outside \[0, 100\)"):
-        aligned_rows(head, student, teacher, labels + 100)
+    assert torch.equal(rows.student, student[:, :shared])
+    assert torch.equal(rows.teacher, teacher[:, :shared])
+    with pytest.raises(ValueError, match=rf"label {shared} is outside \[0, {shared}\)"):
+        aligned_rows(head, student, teacher, labels + shared)
 
 
-@pytest.mark.parametrize(("student_size", "teacher_size"), [(100, 1124), (1124, 100)])
+@pytest.mark.parametrize(("student_size", "teacher_size"), [(100, 115), (115, 100), (30000, 31024), (50257, 32000)])
 def test_vocabularies_too_different_for_padding_are_an_error(student_size: int, teacher_size: int) -> None:
     message = rf"student has {student_size} classes and the teacher {teacher_size}.*tokenizer"
     with pytest.raises(ValueError, match=message):

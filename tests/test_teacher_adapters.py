@@ -69,7 +69,7 @@ def test_another_adapter_gives_its_own_logits(name: str) -> None:
     assert not torch.allclose(logits, logits_by_hand(student, batch, "default"), atol=1e-2)
 
 
-@pytest.mark.parametrize("adapter", [None, "expert", "default"])
+@pytest.mark.parametrize("adapter", [None, "expert"])
 @pytest.mark.parametrize("name", NAMES)
 def test_the_student_is_left_as_it_was(name: str, adapter: str | None) -> None:
     student, batch = trained(name).train(), ARCHITECTURES[name].batch()

@@ -323,7 +323,7 @@ def test_running_terms_are_read_only_when_drained():
     terms, reads = RunningTerms(), ScalarReads()
     with reads:
         for value in (1.0, 2.0, 4.0):
-            terms.add(ce=torch.tensor(value, requires_grad=True), rows=torch.tensor(3))
+            terms.add({"ce": torch.tensor(value, requires_grad=True), "rows": torch.tensor(3)}, torch.tensor(True))
     assert reads.count == 0
     with reads:
         assert torch.tensor(1.0).item() == 1

@@ -84,11 +84,18 @@ def kd_loss(
 ) -> Tensor:
     """Classical distillation, T²·KL(teacher ‖ student) (Hinton et al. 2015, arXiv 1503.02531).
 
-    Shapes, dtypes, temperature and errors as in `decoupled_kl`; `reduction` is `"mean"` over rows, `"sum"` or `"none"`.
+    Shapes, dtypes and temperature as in `decoupled_kl`; `reduction` is `"mean"` over rows, `"sum"` or `"none"`.
+
+    Raises:
+        ValueError: as `decoupled_kl`, where the teacher masks every class of a row instead of every non-target one.
     """
     _check_logits(student_logits, teacher_logits, temperature)
-    if not torch.compiler.is_compiling() and student_masks_mass(student_logits, teacher_logits).any():
-        raise ValueError(_STUDENT_MASKS_MASS)
+    if not torch.compiler.is_compiling():
+        if student_masks_mass(student_logits, teacher_logits).any():
+            raise ValueError(_STUDENT_MASKS_MASS)
+        masked = teacher_logits.amax(1) == -math.inf
+        if masked.any():
+            raise ValueError(f"The teacher masks (-inf) every class of row {int(masked.nonzero()[0])}: leave it out.")
     return _reduce(temperature**2 * row_kl(student_logits, teacher_logits, temperature=temperature), reduction)
 
 
