@@ -6,6 +6,7 @@ One optimizer step over the same 8 examples, as one batch of 8 and as 4 micro-ba
 over that of the model's own loss on all 8 should be 1 (https://github.com/huggingface/transformers/issues/47688).
 """
 
+import logging
 import tempfile
 from typing import Any
 
@@ -43,6 +44,7 @@ def true_gradient(name: str) -> torch.Tensor:
 
 def main() -> None:
     set_verbosity_error()
+    logging.getLogger("hf_dkd").setLevel(logging.ERROR)
     print(f"{'':<14}{'Trainer, 8':>12}{'Trainer, 4 × 2':>16}{'DKDTrainer, 4 × 2':>19}")
     for name in NAMES:
         expected = true_gradient(name).norm()

@@ -79,7 +79,6 @@ _UNSHIFTED_DECODERS = frozenset(
         "ProphetNetForCausalLM",
         "TrOCRForCausalLM",
         "WhisperForCausalLM",
-        "XLMWithLMHeadModel",
         "XLNetLMHeadModel",
     }
 )

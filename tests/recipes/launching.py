@@ -27,14 +27,15 @@ def command(recipe: str, processes: int = 1, **options: Any) -> list[str]:
     return [sys.executable, *launch, str(RECIPES / recipe), *words]
 
 
-def _environment() -> dict[str, str]:
+def environment() -> dict[str, str]:
+    """The variables that recipes run with here: one thread, no Hub."""
     return os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
 def launch(recipe: str, processes: int = 1, **options: Any) -> dict[str, Any]:
     """Run `recipe` to its end; its results.json."""
     done = subprocess.run(
-        command(recipe, processes, **options), env=_environment(), capture_output=True, text=True, check=False
+        command(recipe, processes, **options), env=environment(), capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
     results = json.loads((Path(options["output_dir"]) / "results.json").read_text())
@@ -44,7 +45,7 @@ def launch(recipe: str, processes: int = 1, **options: Any) -> dict[str, Any]:
 
 def complaint(recipe: str, **options: Any) -> str:
     """The one line that `recipe` stops with for options that are wrong."""
-    done = subprocess.run(command(recipe, **options), env=_environment(), capture_output=True, text=True, check=False)
+    done = subprocess.run(command(recipe, **options), env=environment(), capture_output=True, text=True, check=False)
     assert done.returncode != 0
     assert "Traceback" not in done.stderr, done.stderr[-4000:]
     lines = [line for line in done.stderr.splitlines() if f"{recipe}: error:" in line]
@@ -56,7 +57,7 @@ def kill_after_checkpoint(recipe: str, **options: Any) -> None:
     """Run `recipe` and kill it, with SIGKILL, once it has written a checkpoint and before it is done."""
     output = Path(options["output_dir"])
     process = subprocess.Popen(
-        command(recipe, **options), env=_environment(), start_new_session=True,
+        command(recipe, **options), env=environment(), start_new_session=True,
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
     while not any(output.glob("checkpoint-*/trainer_state.json")):
