@@ -78,6 +78,35 @@ def plot_curves(histories: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]], 
     figure.savefig(path, dpi=150)
 
 
+def plot_comparison(table: Mapping[str, Mapping[str, Any]], metric: str, path: str | Path) -> None:
+    """Save a figure of several methods: left each run and the mean of each method, right paired differences.
+
+    Args:
+        table: for each method `values`, one for each seed, their `mean`, and `difference_to`, for each other method
+            the paired difference as `mean`, `low` and `high` (its interval). The last method's differences are drawn.
+        metric: what the values are.
+        path: where to write; the suffix tells the format. Needs matplotlib (`pip install "hf-dkd[plots]"`).
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 0.6 * len(table) + 2.5), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for values in zip(*(row["values"] for row in table.values()), strict=True):
+        left.plot(list(table), values, color="0.8", marker="o", linewidth=1)
+    left.plot(list(table), [row["mean"] for row in table.values()], "C1_", markersize=30, markeredgewidth=3)
+    left.set(ylabel=metric, title="each seed (joined), and the mean")
+    left.grid(axis="y", alpha=0.3)
+    last, gaps = list(table)[-1], list(table.values())[-1]["difference_to"]
+    for place, gap in enumerate(gaps.values()):
+        error = [[gap["mean"] - gap["low"]], [gap["high"] - gap["mean"]]]
+        right.errorbar(gap["mean"], place, xerr=error, fmt="o", color="C0", capsize=6)
+    right.axvline(0, color="0.5", linewidth=1)
+    right.set_yticks(range(len(gaps)), [f"{last}\n− {rival}" for rival in gaps])
+    right.set(title="paired difference, 95% t-interval", xlabel=metric, ylim=(-0.6, max(len(gaps), 1) - 0.4))
+    right.grid(axis="x", alpha=0.3)
+    figure.savefig(path, dpi=150)
+
+
 def _warmup(settings: DKDArgumentsMixin) -> str:
     if settings.dkd_warmup_epochs:
         return f"{settings.dkd_warmup_epochs:g} epochs"

@@ -58,7 +58,7 @@ class DKDMixin(DistillationEvaluation):
         self._prepared_student = None
         self._prepare_distillation()
         if self.teacher is None:
-            self._say("No teacher: training on the task loss alone, as Trainer does.")
+            self._say("No teacher: training on the task loss alone.")
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Trainer's, with the terms of the loss: means over the steps since the last log, on all processes."""

@@ -208,6 +208,7 @@ def run(
     settings: dict[str, Any],
     primary: str,
     table: Callable[[PredictionOutput], dict[str, Any]],
+    higher_is_better: bool = True,
     **card: Any,
 ) -> None:
     """Train, evaluate, and save the model, its card, results.json and predictions.parquet.
@@ -241,6 +242,7 @@ def run(
         results = {
             "recipe": Path(sys.argv[0]).name,
             "primary_metric": primary,
+            "higher_is_better": higher_is_better,
             "metrics": metrics,
             "training_seconds": round(seconds, 2),
             "resumed_from": resume,

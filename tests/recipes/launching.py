@@ -44,8 +44,10 @@ def launch(recipe: str, processes: int = 1, **options: Any) -> dict[str, Any]:
 
 
 def complaint(recipe: str, **options: Any) -> str:
-    """The one line that `recipe` stops with for options that are wrong."""
-    done = subprocess.run(command(recipe, **options), env=environment(), capture_output=True, text=True, check=False)
+    """The one line that `recipe` stops with for options that are wrong. Without the launcher, which adds nothing here."""
+    words = command(recipe, **options)
+    direct = [sys.executable, *words[words.index(str(RECIPES / recipe)) :]]
+    done = subprocess.run(direct, env=environment(), capture_output=True, text=True, check=False)
     assert done.returncode != 0
     assert "Traceback" not in done.stderr, done.stderr[-4000:]
     lines = [line for line in done.stderr.splitlines() if f"{recipe}: error:" in line]

@@ -11,34 +11,9 @@ from datasets import load_dataset
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertForSequenceClassification
 
 from .launching import complaint, kill_after_checkpoint, launch, weights
-from .text_assets import FILLERS, SUBJECTS, WORDS, save_tiny_bert, sentences, write_csv
+from .text_assets import FILLERS, SUBJECTS, WORDS, save_tiny_bert, sentences
 
 RECIPE = "bert_classification.py"
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """Options for a training and a test file, without a validation split."""
-    folder = tmp_path_factory.mktemp("data")
-    return {
-        "train_file": write_csv(folder / "train.csv", sentences(240, seed=0)),
-        "test_file": write_csv(folder / "test.csv", sentences(60, seed=1)),
-        "validation_share": 0.25,
-        "learning_rate": 1e-3,
-        "per_device_train_batch_size": 16,
-    }
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny_bert(tmp_path_factory.mktemp("base"), BertForSequenceClassification)
-
-
-@pytest.fixture(scope="module")
-def teacher(data: dict[str, Any], base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    output = tmp_path_factory.mktemp("teacher")
-    launch(RECIPE, **data, student_model_name_or_path=base, output_dir=output, num_train_epochs=24)
-    return output
 
 
 def read(folder: Path) -> tuple[dict[str, Any], Any]:
@@ -46,15 +21,15 @@ def read(folder: Path) -> tuple[dict[str, Any], Any]:
     return json.loads((folder / "results.json").read_text()), predictions.with_format("numpy")
 
 
-def test_it_fine_tunes_a_teacher_that_plain_transformers_loads(teacher: Path) -> None:
-    results, predictions = read(teacher)
+def test_it_fine_tunes_a_teacher_that_plain_transformers_loads(text_teacher: Path) -> None:
+    results, predictions = read(text_teacher)
     assert results["metrics"]["test"]["accuracy"] == np.mean(predictions["label"][:] == predictions["prediction"][:])
     assert results["metrics"]["test"]["accuracy"] > 0.9
     assert results["settings"]["validation_share"] == 0.25
 
     model, tokenizer = (
-        AutoModelForSequenceClassification.from_pretrained(teacher),
-        AutoTokenizer.from_pretrained(teacher),
+        AutoModelForSequenceClassification.from_pretrained(text_teacher),
+        AutoTokenizer.from_pretrained(text_teacher),
     )
     assert model.config.id2label == dict(enumerate(sorted(SUBJECTS)))
     texts = [row["text"] for row in sentences(60, seed=1)]
@@ -63,34 +38,48 @@ def test_it_fine_tunes_a_teacher_that_plain_transformers_loads(teacher: Path) ->
     np.testing.assert_allclose(logits.numpy(), predictions["logits"][:], atol=1e-5)
 
 
-def test_it_distils_layers_of_the_teacher(data: dict[str, Any], teacher: Path, tmp_path: Path) -> None:
-    settings = {"student_layers": "0,3", "teacher_model_name_or_path": teacher, "dkd_beta": 2.0, "num_train_epochs": 8}
-    results = launch(RECIPE, **data, **settings, output_dir=tmp_path)
+def test_it_distils_layers_of_the_teacher(text_data: dict[str, Any], text_teacher: Path, tmp_path: Path) -> None:
+    settings = {
+        "student_layers": "0,3",
+        "teacher_model_name_or_path": text_teacher,
+        "dkd_beta": 2.0,
+        "num_train_epochs": 8,
+    }
+    results = launch(RECIPE, **text_data, **settings, output_dir=tmp_path)
     assert results["metrics"]["test"]["teacher_agreement"] > 0.7
     assert {"teacher_kl", "tckd", "nckd", "teacher_accuracy"} <= set(results["metrics"]["validation"])
     assert AutoModelForSequenceClassification.from_pretrained(tmp_path).config.num_hidden_layers == 2
     card = (tmp_path / "README.md").read_text()
-    assert f"| teacher | `{teacher}` |" in card
+    assert f"| teacher | `{text_teacher}` |" in card
     assert "| β | 2 |" in card
 
 
 def test_a_student_with_another_tokenizer_reads_its_own_ids(
-    data: dict[str, Any], teacher: Path, tmp_path: Path
+    text_data: dict[str, Any], text_teacher: Path, tmp_path: Path
 ) -> None:
     words = (*FILLERS[::-1], *SUBJECTS[::-1], "unused")
     assert len(words) != len(WORDS)
     student = save_tiny_bert(tmp_path / "base", BertForSequenceClassification, words, num_hidden_layers=2)
-    settings = {"student_model_name_or_path": student, "teacher_model_name_or_path": teacher, "num_train_epochs": 24}
-    results = launch(RECIPE, **data, **settings, output_dir=tmp_path / "student")
-    own = read(teacher)[0]["metrics"]["test"]["accuracy"]
+    settings = {
+        "student_model_name_or_path": student,
+        "teacher_model_name_or_path": text_teacher,
+        "num_train_epochs": 24,
+    }
+    results = launch(RECIPE, **text_data, **settings, output_dir=tmp_path / "student")
+    own = read(text_teacher)[0]["metrics"]["test"]["accuracy"]
     assert results["metrics"]["test"]["teacher_accuracy"] == own, "the teacher did not get its own ids"
     assert results["metrics"]["test"]["teacher_agreement"] > 0.7
 
 
-def test_two_processes_train_and_evaluate(data: dict[str, Any], teacher: Path, tmp_path: Path) -> None:
-    settings = {"student_layers": "0,3", "teacher_model_name_or_path": teacher, "max_steps": 3, "eval_strategy": "no"}
-    one = launch(RECIPE, **data, **settings, output_dir=tmp_path / "one")
-    two = launch(RECIPE, 2, **data | settings | {"per_device_train_batch_size": 8}, output_dir=tmp_path / "two")
+def test_two_processes_train_and_evaluate(text_data: dict[str, Any], text_teacher: Path, tmp_path: Path) -> None:
+    settings = {
+        "student_layers": "0,3",
+        "teacher_model_name_or_path": text_teacher,
+        "max_steps": 3,
+        "eval_strategy": "no",
+    }
+    one = launch(RECIPE, **text_data, **settings, output_dir=tmp_path / "one")
+    two = launch(RECIPE, 2, **text_data | settings | {"per_device_train_batch_size": 8}, output_dir=tmp_path / "two")
     assert two["metrics"]["test"]["teacher_accuracy"] == one["metrics"]["test"]["teacher_accuracy"]
     for results, folder in ((one, "one"), (two, "two")):
         _, predictions = read(tmp_path / folder)
@@ -100,8 +89,10 @@ def test_two_processes_train_and_evaluate(data: dict[str, Any], teacher: Path, t
 
 
 @pytest.mark.slow
-def test_a_killed_run_resumes_to_the_same_weights(data: dict[str, Any], teacher: Path, tmp_path: Path) -> None:
-    settings = data | {"student_layers": "0,3", "teacher_model_name_or_path": teacher, "max_steps": 60}
+def test_a_killed_run_resumes_to_the_same_weights(
+    text_data: dict[str, Any], text_teacher: Path, tmp_path: Path
+) -> None:
+    settings = text_data | {"student_layers": "0,3", "teacher_model_name_or_path": text_teacher, "max_steps": 60}
     settings |= {"eval_strategy": "no", "save_strategy": "steps", "save_steps": 4}
     launch(RECIPE, **settings, output_dir=tmp_path / "whole")
     kill_after_checkpoint(RECIPE, **settings, output_dir=tmp_path / "killed")
@@ -111,25 +102,29 @@ def test_a_killed_run_resumes_to_the_same_weights(data: dict[str, Any], teacher:
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
-def test_options_come_from_a_file_and_the_command_line_wins(data: dict[str, Any], base: Path, tmp_path: Path) -> None:
+def test_options_come_from_a_file_and_the_command_line_wins(
+    text_data: dict[str, Any], text_base: Path, tmp_path: Path
+) -> None:
     config = tmp_path / "options.yaml"
-    lines = [f"{name}: {value}" for name, value in data.items() if name != "learning_rate"]
+    lines = [f"{name}: {value}" for name, value in text_data.items() if name != "learning_rate"]
     config.write_text("\n".join([*lines, "learning_rate: 1e-3", "max_steps: 5", "eval_strategy: 'no'"]))
-    settings = {"student_model_name_or_path": base, "output_dir": tmp_path / "student", "max_steps": 2}
+    settings = {"student_model_name_or_path": text_base, "output_dir": tmp_path / "student", "max_steps": 2}
     results = launch(RECIPE, config=config, **settings)
     assert results["settings"]["learning_rate"] == 1e-3
     assert results["settings"]["max_steps"] == 2
 
 
-def test_wrong_options_get_one_line(data: dict[str, Any], base: Path, tmp_path: Path) -> None:
+def test_wrong_options_get_one_line(text_data: dict[str, Any], text_base: Path, tmp_path: Path) -> None:
     config = tmp_path / "options.yaml"
     config.write_text("learning_rat: 1e-3")
-    good = data | {"student_model_name_or_path": base, "output_dir": tmp_path / "student"}
+    good = text_data | {"student_model_name_or_path": text_base, "output_dir": tmp_path / "student"}
     assert "no option is called 'learning_rat'; did you mean 'learning_rate'?" in complaint(RECIPE, config=config)
     wrong = complaint(RECIPE, **good | {"train_file": tmp_path / "none.csv"})
     assert "cannot load the data set" in wrong
     assert "--train_file FILE" in wrong
-    assert "--dataset_name FOLDER" in complaint(RECIPE, dataset_name="uoft-cs/none", student_model_name_or_path=base)
+    assert "--dataset_name FOLDER" in complaint(
+        RECIPE, dataset_name="uoft-cs/none", student_model_name_or_path=text_base
+    )
     wrong = complaint(RECIPE, **good, label_column_name="intent")
     assert "no column 'intent'; its columns are text, label" in wrong
     wrong = complaint(RECIPE, **good | {"student_model_name_or_path": tmp_path / "none"})

@@ -1,0 +1,193 @@
+"""Compare cross-entropy, classical KD and DKD with any recipe: the same student, initial weights and batches per seed.
+
+    python recipes/compare.py --recipe bert_classification.py --seeds 5 --output_dir outputs/compare -- \
+        --dataset_name FOLDER --teacher_model_name_or_path teacher --student_layers 0,5
+
+What stands after -- goes to the recipe. A method is a name with settings of its own: --methods cross-entropy kd dkd
+dkd:dkd_beta=4,dkd_temperature=2. An interrupted comparison goes on where it stopped. --trials 8 first tries eight
+settings per method on the validation split, without the test split, and takes the best to the seeds.
+"""
+
+import json
+import math
+import random
+import shlex
+import statistics
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from common import fail, option, parse
+from datasets import load_dataset
+from scipy.stats import ttest_rel
+from tqdm.auto import tqdm
+
+from hf_dkd.reporting import plot_comparison
+
+METHODS: dict[str, dict[str, Any]] = {
+    "cross-entropy": {"dkd_alpha": 0.0, "dkd_beta": 0.0},
+    "kd": {"distillation": "kd"},
+    "dkd": {},
+}
+# What trials draw from: one of a list, or log-uniformly between low and high. --tuning FILE brings others.
+TUNING: dict[str, dict[str, Any]] = {
+    "all": {"learning_rate": {"low": 3e-5, "high": 1e-3}},
+    "kd": {"dkd_alpha": [0.5, 1.0, 2.0, 4.0], "dkd_temperature": [1.0, 2.0, 4.0]},
+    "dkd": {"dkd_alpha": [0.5, 1.0, 2.0], "dkd_beta": [0.5, 1.0, 2.0, 4.0], "dkd_temperature": [1.0, 2.0, 4.0]},
+}
+TRIAL_SEED = 1000
+
+
+@dataclass
+class CompareArguments:
+    recipe: str = option("bert_classification.py", "File name of the recipe, beside this one, or a path.")
+    methods: list[str] = field(default_factory=lambda: list(METHODS), metadata={"help": "NAME or NAME:option=value,…"})
+    seeds: int = option(5, "Runs per method, with seeds 0, 1, …")
+    trials: int = option(0, "Settings tried per method before; 0 takes the recipe's and the method's as they are.")
+    tuning: str | None = option(None, "YAML file of what trials draw from: {all: {option: [values]}, dkd: {…}, …}.")
+    launch: str = option("--num_processes 1", "Options of accelerate launch, such as --config_file FILE.")
+    output_dir: str = option("outputs/compare", "Where runs, table and figure go.")
+    config: str | None = option(None, "YAML or JSON file of these options; the command line wins over it.")
+
+
+def settings_of(method: str) -> dict[str, Any]:
+    name, _, own = method.partition(":")
+    if name not in METHODS:
+        fail(f"--methods {method}: expected {', '.join(METHODS)}, with settings as in dkd:dkd_beta=4,ce_weight=0.5.")
+    pairs = (pair.partition("=") for pair in own.split(",") if pair)
+    return METHODS[name] | {option: yaml.safe_load(value) for option, _, value in pairs}
+
+
+def run_once(args: CompareArguments, passed: list[str], folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    """The results of one run of the recipe, which is started, resumed, or found done in `folder`."""
+    words = [str(word) for name, value in settings.items() for word in (f"--{name}", value)]
+    wanted, done = [*passed, *words], folder / "results.json"
+    folder.mkdir(parents=True, exist_ok=True)
+    command_file = folder / "command.json"
+    if command_file.exists() and json.loads(command_file.read_text()) != wanted:
+        fail(f"{folder} holds a run with other options: choose another --output_dir, or remove it.")
+    command_file.write_text(json.dumps(wanted))
+    if not done.exists():
+        recipe = Path(args.recipe) if Path(args.recipe).exists() else Path(__file__).with_name(args.recipe)
+        launch = [sys.executable, "-m", "accelerate.commands.launch", *shlex.split(args.launch), str(recipe)]
+        resume = ["--output_dir", str(folder), "--resume_from_checkpoint", "last"]
+        with (folder / "log.txt").open("a") as log:
+            code = subprocess.run([*launch, *wanted, *resume], stdout=log, stderr=log, check=False).returncode
+        if code != 0 or not done.exists():
+            tail = next(
+                (line for line in reversed((folder / "log.txt").read_text().splitlines()) if "rror" in line), ""
+            )
+            fail(f"the run in {folder} failed ({tail.strip()}); see its log.txt. Start again to go on from there.")
+    return json.loads(done.read_text())
+
+
+def score(results: dict[str, Any], folder: Path, split: str) -> float:
+    """The primary metric on `split`; where the predictions tell the accuracy, they must tell the same."""
+    value = float(results["metrics"][split][results["primary_metric"]])
+    if results["primary_metric"] == "accuracy" and split == list(results["metrics"])[-1]:
+        rows = load_dataset("parquet", data_files=str(folder / "predictions.parquet"), split="train").with_format(
+            "numpy"
+        )
+        told = float((rows["label"][:] == rows["prediction"][:]).mean())
+        if abs(told - value) > 1e-9:
+            fail(f"{folder}: results.json says an accuracy of {value}, its predictions {told}: the files do not match.")
+    return value
+
+
+def draw_settings(space: dict[str, Any], number: int) -> dict[str, Any]:
+    """Settings of trial `number`: the same for every method, as far as the methods share them."""
+    source = random.Random(TRIAL_SEED + number)
+    settings = {}
+    for name, values in space.items():
+        if isinstance(values, dict):
+            low, high = (math.log(float(values[end])) for end in ("low", "high"))  # YAML reads 1e-3 as a string
+            settings[name] = math.exp(source.uniform(low, high))
+        else:
+            settings[name] = source.choice(values)
+    return settings
+
+
+def tune(args: CompareArguments, passed: list[str], method: str, bar: Any) -> dict[str, Any]:
+    """The best of `trials` settings on the validation split. Every method is given as many."""
+    spaces = yaml.safe_load(Path(args.tuning).read_text()) if args.tuning else TUNING
+    space = spaces.get("all", {}) | spaces.get(method.partition(":")[0], {})
+    scores: list[tuple[float, dict[str, Any]]] = []
+    for number in range(args.trials):
+        bar.set_description(f"{method}, trial {number}")
+        settings = draw_settings(space, number) | settings_of(method)
+        folder = Path(args.output_dir) / method.replace("/", "_") / f"trial-{number}"
+        results = run_once(args, passed, folder, settings | {"seed": TRIAL_SEED, "evaluate_on_test": False})
+        sign = 1 if results["higher_is_better"] else -1
+        scores.append((sign * score(results, folder, "validation"), settings))
+        bar.update()
+    return max(scores, key=lambda pair: pair[0])[1]
+
+
+def compare(runs: dict[str, list[float]], seconds: dict[str, list[float]]) -> dict[str, Any]:
+    """For each method mean, spread, seconds, and the paired difference to each other one with its 95% t-interval."""
+    table: dict[str, Any] = {}
+    for method, values in runs.items():
+        spread = statistics.stdev(values) if len(values) > 1 else None
+        row: dict[str, Any] = {"mean": statistics.mean(values), "spread": spread, "values": values}
+        row |= {"seconds": statistics.mean(seconds[method]), "difference_to": {}}
+        for rival, others in runs.items():
+            if rival != method and len(values) > 1:
+                low, high = ttest_rel(values, others).confidence_interval(0.95)
+                mean = statistics.mean(a - b for a, b in zip(values, others, strict=True))
+                row["difference_to"][rival] = {"mean": mean, "low": float(low), "high": float(high)}
+        table[method] = row
+    return table
+
+
+def markdown(table: dict[str, Any], metric: str, split: str, scale: float) -> str:
+    def number(value: float | None) -> str:
+        return "" if value is None else f"{scale * value:.2f}"
+
+    head = [f"{split} {metric}" + (" %" if scale == 100 else ""), "spread", *(f"− {name}" for name in table), "seconds"]
+    lines = [f"| method | {' | '.join(head)} |", "| --- |" + " --- |" * len(head)]
+    for method, row in table.items():
+        cells = [number(row["mean"]), number(row["spread"])]
+        for rival in table:
+            gap = row["difference_to"].get(rival)
+            cells.append("" if gap is None else f"{number(gap['mean'])} [{number(gap['low'])}, {number(gap['high'])}]")
+        lines.append(f"| {method} | {' | '.join(cells)} | {row['seconds']:.1f} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    words = sys.argv[1:]
+    own, passed = (words[: words.index("--")], words[words.index("--") + 1 :]) if "--" in words else (words, [])
+    sys.argv[1:] = own
+    args, _ = parse(CompareArguments)
+    output = Path(args.output_dir)
+    bar = tqdm(total=len(args.methods) * (args.seeds + args.trials), unit="run")
+    chosen = {m: tune(args, passed, m, bar) if args.trials else settings_of(m) for m in args.methods}
+    runs: dict[str, list[float]] = {method: [] for method in args.methods}
+    seconds: dict[str, list[float]] = {method: [] for method in args.methods}
+    for seed in range(args.seeds):
+        for method, settings in chosen.items():
+            bar.set_description(f"{method}, seed {seed}")
+            folder = output / method.replace("/", "_") / f"seed-{seed}"
+            results = run_once(args, passed, folder, settings | {"seed": seed})
+            split = list(results["metrics"])[-1]
+            runs[method].append(score(results, folder, split))
+            seconds[method].append(results["training_seconds"])
+            bar.update()
+    bar.close()
+
+    table, metric = compare(runs, seconds), results["primary_metric"]
+    scale = 100.0 if all(0 <= value <= 1 for values in runs.values() for value in values) else 1.0
+    text = markdown(table, metric, split, scale)
+    (output / "compare.md").write_text(text + "\n")
+    (output / "compare.json").write_text(
+        json.dumps({"settings": chosen, "trials": args.trials, "table": table}, indent=2)
+    )
+    plot_comparison(table, metric, output / "compare.png")
+    print(f"\n{text}\n\n{args.seeds} seeds. Wrote compare.md, compare.json and compare.png to {output}.")
+
+
+if __name__ == "__main__":
+    main()
