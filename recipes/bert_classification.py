@@ -16,26 +16,23 @@ from common import (
     DataArguments,
     StudentArguments,
     column,
-    fail,
     load_splits,
     load_student,
+    load_tokenizer,
     loading,
-    option,
-    parse,
     run,
     with_class_labels,
 )
 from datasets import DatasetDict
+from options import option, parse
 from transformers import (
     AutoModelForSequenceClassification,
-    AutoTokenizer,
     DataCollatorWithPadding,
-    EvalPrediction,
-    PreTrainedTokenizerBase,
+    set_seed,
 )
 
 from hf_dkd import DataCollatorWithTeacherInputs, DKDTrainer, DKDTrainingArguments
-from hf_dkd.metrics import F1, Accuracy, ExpectedCalibrationError, TeacherAgreement, TeacherKL
+from hf_dkd.metrics import classification_metrics
 
 GLUE = {
     "cola": ("sentence", None),
@@ -71,6 +68,9 @@ class TextTrainingArguments(DKDTrainingArguments):
     save_total_limit: int = 1
 
 
+ARGUMENTS = (TextArguments, StudentArguments, TextTrainingArguments)
+
+
 def load_texts(data: TextArguments) -> tuple[DatasetDict, list[str]]:
     """Splits of columns text, text_pair (if there are pairs) and labels, and the names of the classes."""
     if data.task_name is not None:
@@ -86,27 +86,8 @@ def load_texts(data: TextArguments) -> tuple[DatasetDict, list[str]]:
     return splits.select_columns(list(columns)).rename_columns(columns), names
 
 
-def load_tokenizer(path: str | None, whose: str) -> PreTrainedTokenizerBase:
-    if path is None:
-        fail(f"no {whose}: give --{whose}_model_name_or_path, whose tokenizer splits the texts.")
-    with loading(f"{whose}'s tokenizer", path, f"give a folder with --{whose}_model_name_or_path FOLDER"):
-        return AutoTokenizer.from_pretrained(path)
-
-
-def classification_metrics(prediction: EvalPrediction) -> dict[str, float]:
-    logits: Any = prediction.predictions
-    labels = prediction.label_ids
-    classes = logits.argmax(-1)
-    metrics = Accuracy().compute(predictions=classes, references=labels)
-    metrics |= F1().compute(predictions=classes, references=labels)
-    metrics |= ExpectedCalibrationError().compute(predictions=logits, references=labels)
-    if hasattr(prediction, "teacher_logits"):
-        for metric in (TeacherAgreement(), TeacherKL()):
-            metrics |= metric.compute(predictions=logits, references=prediction.teacher_logits)
-    return metrics
-
-
 def build(data: TextArguments, student: StudentArguments, args: TextTrainingArguments) -> tuple[Any, DatasetDict]:
+    set_seed(args.seed)
     splits, names = load_texts(data)
     teacher = args.teacher_model_name_or_path
     tokenizer = load_tokenizer(student.student_model_name_or_path or teacher, "student")
@@ -138,7 +119,7 @@ def build(data: TextArguments, student: StudentArguments, args: TextTrainingArgu
         id2label=dict(enumerate(names)),
         label2id={name: index for index, name in enumerate(names)},
     )
-    with loading("teacher", teacher, "give a folder with --teacher_model_name_or_path FOLDER"):
+    with loading("teacher", teacher):
         trainer = DKDTrainer(
             model=model,
             args=args,
@@ -152,7 +133,7 @@ def build(data: TextArguments, student: StudentArguments, args: TextTrainingArgu
 
 
 def main() -> None:
-    data, student, args, settings = parse(TextArguments, StudentArguments, TextTrainingArguments)
+    data, student, args, settings = parse(*ARGUMENTS)
     trainer, splits = build(data, student, args)
     run(
         trainer,

@@ -1,32 +1,26 @@
-"""What the recipes share: options, loading with clear errors, splits, the student, the final evaluation and results."""
+"""What the recipes share: splits, the student, the tokenizer, and the run with its results."""
 
-import difflib
 import json
-import os
 import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib.metadata import distributions
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import datasets
 import yaml
 from datasets import ClassLabel, Dataset, DatasetDict, Value
-from transformers import AutoConfig, HfArgumentParser, PreTrainedModel, set_seed
+from options import fail, option
+from transformers import AutoConfig, AutoTokenizer, set_seed
 from transformers.trainer_utils import PredictionOutput, get_last_checkpoint
 
 from hf_dkd.student import keep_layers
 
 PACKAGES = ("hf-dkd", "torch", "transformers", "accelerate", "datasets", "evaluate", "peft", "numpy")
-
-
-def option(default: Any, text: str, **metadata: Any) -> Any:
-    """A field of a dataclass of options, with its help."""
-    return field(default=default, metadata={"help": text, **metadata})
 
 
 @dataclass
@@ -60,53 +54,17 @@ class StudentArguments:
     )
 
 
-def fail(message: str) -> NoReturn:
-    """Stop with one line, printed by one process."""
-    first = os.environ.get("LOCAL_RANK", "0") == "0"
-    raise SystemExit(f"{Path(sys.argv[0]).name}: error: {message}" if first else 2)
-
-
 @contextmanager
-def loading(what: str, name: str | None, remedy: str) -> Iterator[None]:
-    """Turn a failure to find files, here or on the Hub, into one sentence that names the local options."""
+def loading(what: str, name: str | None, remedy: str | None = None) -> Iterator[None]:
+    """Turn what goes wrong while loading, here or from the Hub, into one sentence that names the local options."""
     try:
         yield
-    except OSError as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        fail(f"cannot load the {what} {name!r}: no such local path, and the Hub has it not or cannot be reached "
-             f"({reason}); {remedy}.")  # fmt: skip
-
-
-def parse(*dataclasses: Any) -> tuple[Any, ...]:
-    """The dataclasses filled from the command line and the `--config` file, then a dict of what is not a default."""
-    parser = HfArgumentParser(dataclasses, usage="%(prog)s [--config FILE] [--OPTION VALUE …]; --help lists them")
-    defaults = vars(parser.parse_args([]))
-    config = parser.parse_known_args()[0].config
-    if config is not None:
-        parser.set_defaults(**_read_config(config, defaults, parser.error))
-    values = vars(parser.parse_args())
-    try:
-        filled = parser.parse_dict(dict(values))
-    except (TypeError, ValueError) as error:
-        parser.error(str(error))
-    changed = {name: value for name, value in values.items() if value != defaults[name] and name != "config"}
-    return (*filled, changed)
-
-
-def _read_config(path: str, known: dict[str, Any], error: Callable[[str], NoReturn]) -> dict[str, Any]:
-    try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
-    except (OSError, yaml.YAMLError) as problem:
-        error(f"cannot read --config {path}: {' '.join(str(problem).split())}")
-    if not isinstance(content, dict):
-        error(f"--config {path} holds a {type(content).__name__}; expected options and their values")
-    for name in content:
-        if name not in known:
-            near = difflib.get_close_matches(str(name), known, n=1)
-            error(f"--config {path}: no option is called {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
-    # As strings the command line's own types apply: YAML reads 1e-3 as a string, and 5 where a float is meant.
-    plain = (str, int, float, bool)
-    return {name: str(value) if isinstance(value, plain) else value for name, value in content.items()}
+    except (OSError, ValueError) as error:
+        place = (
+            "no such local path, and the Hub has it not or cannot be reached: " if isinstance(error, OSError) else ""
+        )
+        remedy = remedy or f"give a folder with --{what.split()[0]}_model_name_or_path FOLDER"
+        fail(f"cannot load the {what} {name!r}: {place}{' '.join(str(error).split())[:400]}; {remedy}.")
 
 
 def load_splits(data: DataArguments) -> DatasetDict:
@@ -172,34 +130,38 @@ def with_class_labels(splits: DatasetDict, name: str) -> tuple[DatasetDict, list
         fail(f"the label column {name!r}: {error}; the training split must have every label.")
 
 
-def load_student(
-    auto_class: Any, options: StudentArguments, teacher: str | None = None, **config: Any
-) -> PreTrainedModel:
+def load_student(auto_class: Any, options: StudentArguments, teacher: str | None = None, **labels: Any) -> Any:
     """The model to train: a checkpoint, some layers of one, or random weights by a config with overrides."""
     path = options.student_model_name_or_path or (teacher if options.student_layers else None)
     if path is None and options.student_model_type is None:
         fail("no student: give --student_model_name_or_path (a Hub id or a folder), or --student_model_type.")
-    with loading("student", path, "give a folder with --student_model_name_or_path FOLDER"):
+    with loading("student", path or options.student_model_type):
         make: Any = AutoConfig.for_model if path is None else AutoConfig.from_pretrained
-        settings = make(path or options.student_model_type, **config)
+        config = make(path or options.student_model_type, **labels)
         if path is None or options.student_config_overrides:
-            return auto_class.from_config(_overridden(settings, options.student_config_overrides or ""))
-        model = auto_class.from_pretrained(path, config=settings, ignore_mismatched_sizes=True)
-    if options.student_layers is None:
-        return model
-    try:
-        return keep_layers(model, [int(layer) for layer in options.student_layers.split(",")])
-    except ValueError as error:
-        fail(f"--student_layers {options.student_layers}: {error}")
+            return auto_class.from_config(_overridden(config, options.student_config_overrides or ""))
+        model = auto_class.from_pretrained(path, config=config, ignore_mismatched_sizes=True)
+        layers = options.student_layers
+        return model if layers is None else keep_layers(model, [int(layer) for layer in layers.split(",")])
 
 
 def _overridden(config: Any, overrides: str) -> Any:
     changes = yaml.safe_load("{" + re.sub(r"(\w+)=", r"\1: ", overrides) + "}")
     unknown = [name for name in changes if not hasattr(config, name)]
     if unknown:
-        fail(f"--student_config_overrides: {type(config).__name__} has no {', '.join(unknown)}.")
-    config.update(changes)
-    return config
+        raise ValueError(f"{type(config).__name__} has no {', '.join(unknown)} for --student_config_overrides")
+    # Made anew: what follows from other settings, as stage names from depths, would keep its value and not load again.
+    derived = ("stage_names", "out_features", "out_indices")
+    kept = {name: value for name, value in config.to_dict().items() if name not in derived}
+    return type(config).from_dict(kept | changes)
+
+
+def load_tokenizer(path: str | None, whose: str, **options: Any) -> Any:
+    """The tokenizer of the student or the teacher, saved at `path`."""
+    if path is None:
+        fail(f"no {whose}: give --{whose}_model_name_or_path, whose tokenizer splits the texts.")
+    with loading(f"{whose} tokenizer", path):
+        return AutoTokenizer.from_pretrained(path, **options)
 
 
 def run(
@@ -209,12 +171,14 @@ def run(
     primary: str,
     table: Callable[[PredictionOutput], dict[str, Any]],
     higher_is_better: bool = True,
+    teacher_logits: bool = True,
     **card: Any,
 ) -> None:
     """Train, evaluate, and save the model, its card, results.json and predictions.parquet.
 
     `settings`, the options that are not defaults, repeat the run as a `--config` file. `primary` is the metric by which
-    runs are compared, `table` makes the columns of predictions.parquet, `card` goes to `Trainer.create_model_card`.
+    runs are compared, `table` makes the columns of predictions.parquet, `teacher_logits` is whether the metrics see the
+    teacher's, `card` goes to `Trainer.create_model_card`.
     """
     args = trainer.args
     resume = args.resume_from_checkpoint
@@ -229,7 +193,8 @@ def run(
     trainer.save_state()
 
     if trainer.teacher is not None:
-        args.eval_with_teacher, args.include_for_metrics = True, [*args.include_for_metrics, "teacher_logits"]
+        args.eval_with_teacher = True
+        args.include_for_metrics = [*args.include_for_metrics, *(["teacher_logits"] if teacher_logits else [])]
     metrics: dict[str, dict[str, float]] = {}
     for name in ("validation", "test"):
         if name in splits:

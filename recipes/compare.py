@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from common import fail, option, parse
 from datasets import load_dataset
+from options import fail, option, parse
 from scipy.stats import ttest_rel
 from tqdm.auto import tqdm
 

@@ -6,6 +6,7 @@ Each file also loads by its path, `evaluate.load("…/hf_dkd/metrics/accuracy.py
 
 from .accuracy import Accuracy
 from .calibration import ExpectedCalibrationError, reliability
+from .classification import classification_metrics
 from .entity_f1 import EntityF1
 from .f1 import F1
 from .teacher_agreement import TeacherAgreement
@@ -20,5 +21,6 @@ __all__ = [
     "TeacherAgreement",
     "TeacherKL",
     "TopKAccuracy",
+    "classification_metrics",
     "reliability",
 ]

@@ -1,0 +1,109 @@
+"""Random views of training images: shift, mirror, RandAugment. Needs Pillow only; uses torchvision's RandAugment."""
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from datasets import Dataset
+from options import option
+from PIL import ImageEnhance, ImageOps
+from PIL.Image import Image, Transform, Transpose
+from transformers import TrainerCallback
+from transformers.utils import is_torchvision_available
+
+RandAugment: Any = None
+if is_torchvision_available():
+    RandAugment = importlib.import_module("torchvision.transforms.v2").RandAugment
+
+
+@dataclass
+class AugmentationArguments:
+    """How training images vary; evaluation sees them as they are."""
+
+    random_crop_padding: float = option(0.125, "Random crop of an image with a black border of this share of a side.")
+    horizontal_flip: bool = option(True, "Mirror every other image.")
+    rand_augment_layers: int = option(2, "Operations of RandAugment on each image; 0 switches it off.")
+    rand_augment_magnitude: int = option(9, "Their strength, 0 to 30.")
+
+    def __post_init__(self) -> None:
+        for name, most in (("random_crop_padding", 1), ("rand_augment_layers", 14), ("rand_augment_magnitude", 30)):
+            if not 0 <= getattr(self, name) <= most:
+                raise ValueError(f"{name} is {getattr(self, name)}; expected 0 to {most}.")
+
+
+def warp(image: Image, *matrix: float) -> Image:
+    return image.transform(image.size, Transform.AFFINE, matrix)
+
+
+# Those of torchvision's RandAugment, in Pillow, each at a strength from -1 to 1.
+OPERATIONS: tuple[Callable[[Image, float], Image], ...] = (
+    lambda image, strength: image,
+    lambda image, strength: ImageOps.autocontrast(image),
+    lambda image, strength: ImageOps.equalize(image),
+    lambda image, strength: ImageOps.posterize(image, 8 - round(4 * abs(strength))),
+    lambda image, strength: ImageOps.solarize(image, round(255 * (1 - abs(strength)))),
+    lambda image, strength: ImageEnhance.Brightness(image).enhance(1 + 0.9 * strength),
+    lambda image, strength: ImageEnhance.Color(image).enhance(1 + 0.9 * strength),
+    lambda image, strength: ImageEnhance.Contrast(image).enhance(1 + 0.9 * strength),
+    lambda image, strength: ImageEnhance.Sharpness(image).enhance(1 + 0.9 * strength),
+    lambda image, strength: image.rotate(30 * strength),
+    lambda image, strength: warp(image, 1, 0.3 * strength, 0, 0, 1, 0),
+    lambda image, strength: warp(image, 1, 0, 0, 0.3 * strength, 1, 0),
+    lambda image, strength: warp(image, 1, 0, 0.45 * strength * image.width, 0, 1, 0),
+    lambda image, strength: warp(image, 1, 0, 0, 0, 1, 0.45 * strength * image.height),
+)
+
+
+def rand_augment(image: Image, layers: int, magnitude: int) -> Image:
+    """RandAugment (Cubuk et al. 2020, arXiv 1909.13719): `layers` random operations of one strength, 0 to 30."""
+    if layers and RandAugment is not None:
+        return RandAugment(layers, magnitude)(image)
+    for number in torch.randint(len(OPERATIONS), (layers,)).tolist():
+        sign = 1 if torch.rand(()) < 0.5 else -1
+        image = OPERATIONS[number](image, sign * magnitude / 30)
+    return image
+
+
+def augment(image: Image, options: AugmentationArguments) -> Image:
+    """A random view of an RGB image, in its size, drawn from PyTorch's generator."""
+    border = [round(options.random_crop_padding * side) for side in image.size]
+    left, top = (int(torch.randint(-pixels, pixels + 1, ())) for pixels in border)
+    view = image.crop((left, top, left + image.width, top + image.height))
+    if options.horizontal_flip and torch.rand(()) < 0.5:
+        view = view.transpose(Transpose.FLIP_LEFT_RIGHT)
+    return rand_augment(view, options.rand_augment_layers, options.rand_augment_magnitude)
+
+
+class AugmentedImages(torch.utils.data.Dataset):
+    """`rows` with each image seen through a view that seed, epoch and index determine.
+
+    Drawn from the running generators instead, views would change with the number of workers, and after resuming:
+    Accelerate fetches one batch ahead of the step that a checkpoint is of.
+
+    Args:
+        rows: has a column of images, `image`.
+        options: how the views vary.
+        seed: two runs with the same seed see the same views.
+    """
+
+    def __init__(self, rows: Dataset, options: AugmentationArguments, seed: int) -> None:
+        self.rows, self.options, self.seed = rows, options, seed
+        self.epoch = torch.zeros((), dtype=torch.long).share_memory_()  # persistent workers see it change
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        row = self.rows[index]
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(hash((self.seed, int(self.epoch), index)))
+            return {**row, "image": augment(row["image"], self.options)}
+
+
+class CountEpochs(TrainerCallback):
+    """Tells `AugmentedImages` which epoch it is: Accelerate's `set_epoch` may stop at the sampler."""
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        kwargs["train_dataloader"].dataset.epoch.fill_(int(state.epoch or 0))

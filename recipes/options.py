@@ -1,0 +1,55 @@
+"""The options of a recipe, from the command line or a file, and errors of one line."""
+
+import difflib
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import field
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+from transformers import HfArgumentParser
+
+
+def option(default: Any, text: str, **metadata: Any) -> Any:
+    """A field of a dataclass of options, with its help."""
+    return field(default=default, metadata={"help": text, **metadata})
+
+
+def fail(message: str) -> NoReturn:
+    """Stop with one line, printed by one process."""
+    first = os.environ.get("LOCAL_RANK", "0") == "0"
+    raise SystemExit(f"{Path(sys.argv[0]).name}: error: {message}" if first else 2)
+
+
+def parse(*dataclasses: Any) -> tuple[Any, ...]:
+    """The dataclasses filled from the command line and the `--config` file, then a dict of what is not a default."""
+    parser = HfArgumentParser(dataclasses, usage="%(prog)s [--config FILE] [--OPTION VALUE …]; --help lists them")
+    defaults = vars(parser.parse_args([]))
+    config = parser.parse_known_args()[0].config
+    if config is not None:
+        parser.set_defaults(**_read_config(config, defaults, parser.error))
+    values = vars(parser.parse_args())
+    try:
+        filled = parser.parse_dict(dict(values))
+    except (TypeError, ValueError) as error:
+        parser.error(str(error))
+    changed = {name: value for name, value in values.items() if value != defaults[name] and name != "config"}
+    return (*filled, changed)
+
+
+def _read_config(path: str, known: dict[str, Any], error: Callable[[str], NoReturn]) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+    except (OSError, yaml.YAMLError) as problem:
+        error(f"cannot read --config {path}: {' '.join(str(problem).split())}")
+    if not isinstance(content, dict):
+        error(f"--config {path} holds a {type(content).__name__}; expected options and their values")
+    for name in content:
+        if name not in known:
+            near = difflib.get_close_matches(str(name), known, n=1)
+            error(f"--config {path}: no option is called {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+    # As strings the command line's own types apply: YAML reads 1e-3 as a string, and 5 where a float is meant.
+    plain = (str, int, float, bool)
+    return {name: str(value) if isinstance(value, plain) else value for name, value in content.items()}
