@@ -34,11 +34,15 @@ def dkd(
 def dkd_gradient(
     student: Tensor, teacher: Tensor, labels: Tensor, alpha: float = 1.0, beta: float = 1.0, temperature: float = 1.0
 ) -> Tensor:
-    """The gradient of `dkd` written out: αT(p − b) at the target, T[β(q_s − q_t) − α(p − b)·q_s] elsewhere, (N, C)."""
-    p, p_rest = _target_and_rest(student / temperature, labels).unsqueeze(-1).unbind(1)
-    b, b_rest = _target_and_rest(teacher / temperature, labels).unsqueeze(-1).unbind(1)
+    """The gradient of `dkd` written out: αT(p − b) at the target, T[β(q_s − q_t) − α(p − b)·q_s] elsewhere, (N, C).
+
+    The largest logit is subtracted before dividing by T, so that no rounding of a large quotient enters the softmax.
+    """
+    student, teacher = ((logits - logits.amax(1, keepdim=True)) / temperature for logits in (student, teacher))
+    p, p_rest = _target_and_rest(student, labels).unsqueeze(-1).unbind(1)
+    b, b_rest = _target_and_rest(teacher, labels).unsqueeze(-1).unbind(1)
     excess = torch.where(p < p_rest, p - b, b_rest - p_rest)  # p − b, from the two numbers that keep its digits
-    q_student, q_teacher = ((non_target(logits, labels) / temperature).softmax(1) for logits in (student, teacher))
+    q_student, q_teacher = (non_target(logits, labels).softmax(1) for logits in (student, teacher))
     gradient = torch.empty_like(student).scatter(1, labels[:, None], alpha * temperature * excess)
     others = temperature * (beta * (q_student - q_teacher) - alpha * excess * q_student)
     return gradient.scatter(1, _non_target_classes(student, labels), others)
@@ -54,6 +58,18 @@ def gradient_of(loss: Callable[[Tensor], Tensor], student: Tensor) -> Tensor:
     leaf = student.detach().clone().requires_grad_()
     (gradient,) = torch.autograd.grad(loss(leaf).sum(), leaf)
     return gradient
+
+
+def gradient_tolerance(gradient: Tensor, size: float) -> Tensor:
+    """1e-12 of each row's maximum, not below the rounding of float64 for a gradient of `size` = T(α + β): (N, 1).
+
+    Entries are sums of probabilities times αT or βT. Where the models nearly agree these cancel, and what is left has
+    the absolute error of its terms: a probability is off by 2u at most (u = 1.1e-16; its exponential by u, its sum
+    and quotient by u; an error of k·u in an exponent −k scales it by e^−k), an entry by 4u·size in the loss and as
+    much in the oracle. 8u = 0.9e-15, so the maximum counts as 1e-3·size at least. (The largest difference from 40
+    digits over 4,000 drawn rows: 4.3e-16·size in the loss, 3.8e-16·size in the oracle.)
+    """
+    return 1e-12 * gradient.abs().amax(1, keepdim=True).clamp(min=1e-3 * size)
 
 
 def assert_within(actual: Tensor, expected: Tensor | float, tolerance: Tensor | float) -> None:

@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 import torch
 
-from .splits import NAMES, expected, step
+from .splits import NAMES, NAMES_OF_SEVERAL_STEPS, expected, generation, several_steps, step
 
 ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory: pytest.TempPathFactory) -> dict[Any, Any]:
-    """Results of two processes × 4 examples and of two processes × 2 × 2, from one launch."""
+    """The results of two processes, from one launch: `splits.main`."""
     output = tmp_path_factory.mktemp("splits")
     config = Path(__file__).with_name("two_processes.yaml")
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
@@ -40,16 +40,21 @@ def whole(name: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]
 
 def assert_same_step(actual: dict[str, Any], whole: dict[str, Any]) -> None:
     assert_same_gradients(actual["gradients"], whole["gradients"])
-    assert actual["logs"] == pytest.approx(whole["logs"], rel=1e-5)
+    (logs,), (expected_logs,) = actual["logs"], whole["logs"]
+    assert logs == pytest.approx(expected_logs, rel=1e-5)
+    terms = ("loss", "tckd", "nckd", "teacher_agreement", "teacher_accuracy")
+    assert {f"eval_{count}_{term}" for count in (5, 6, 7) for term in terms} <= whole["evaluation"].keys()
     assert actual["evaluation"] == pytest.approx(whole["evaluation"], rel=1e-5)
 
 
 def assert_same_gradients(actual: dict[str, torch.Tensor], gradients: dict[str, torch.Tensor]) -> None:
+    """Every parameter's to 1e-5; 1e-8 of the whole is rounding, where a parameter's gradient cancels to nothing."""
     assert actual.keys() == gradients.keys()
-    largest = max(gradient.abs().max() for gradient in gradients.values())
-    difference = max((actual[key] - gradients[key]).abs().max() for key in gradients)
-    assert largest > 1e-4
-    assert difference <= 1e-5 * largest
+    whole = torch.stack([gradient.norm() for gradient in gradients.values()]).norm()
+    assert whole > 1e-4
+    for name, gradient in gradients.items():
+        error = (actual[name] - gradient).norm()
+        assert error <= 1e-5 * gradient.norm() + 1e-8 * whole, f"{name}: {error:.2e} of {gradient.norm():.2e}"
 
 
 def test_the_gradient_is_the_oracles(name: str, whole: dict[str, Any]) -> None:
@@ -64,4 +69,25 @@ def test_accumulation_gives_the_same_step(name: str, whole: dict[str, Any], tmp_
 def test_two_processes_give_the_same_step(
     name: str, split: tuple[int, int], whole: dict[str, Any], two_processes: dict[Any, Any]
 ) -> None:
-    assert_same_step(two_processes[name, split], whole)
+    assert_same_step(two_processes["step", name, *split], whole)
+
+
+@pytest.mark.parametrize("name", NAMES_OF_SEVERAL_STEPS)
+def test_two_processes_train_and_log_as_one(name: str, two_processes: dict[Any, Any], tmp_path: Path) -> None:
+    one, two = several_steps(name, 2, str(tmp_path)), two_processes["several steps", name]
+    assert one["steps"] == two["steps"] == 6
+    assert [entry["step"] for entry in one["logs"]] == [3, 6]
+    assert [entry["dkd_weight"] for entry in one["logs"]] == [0.6, 1.0]
+    for actual, expected_logs in zip(two["logs"], one["logs"], strict=True):
+        assert actual == pytest.approx(expected_logs, rel=1e-5)
+    for key, weights in one["weights"].items():
+        assert torch.allclose(two["weights"][key], weights, rtol=1e-4, atol=1e-6), key
+
+
+def test_two_processes_generate_as_one(two_processes: dict[Any, Any], tmp_path: Path) -> None:
+    one, two = generation(str(tmp_path)), two_processes["generation"]
+    assert len(one["generated"]) == len(one["generated"].unique(dim=0)) == 7, "choose a seed that tells them apart"
+    assert torch.equal(two["generated"], one["generated"])
+    assert torch.equal(two["labels"], one["labels"])
+    assert {"test_loss", "test_tckd", "test_nckd", "test_teacher_agreement"} <= one["metrics"].keys()
+    assert two["metrics"] == pytest.approx(one["metrics"], rel=1e-5)

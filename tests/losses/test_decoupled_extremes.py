@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hf_dkd.losses import decoupled_kl, dkd_loss, kd_loss
 from tests import oracle
-from tests.oracle import assert_within, gradient_of, non_target
+from tests.oracle import assert_within, gradient_of, gradient_tolerance, non_target
 
 INF = math.inf
 LABELS = torch.tensor([0, 1, 2, 3])
@@ -46,10 +46,10 @@ def test_hot_models_differ_by_quadratic_forms() -> None:
     others = non_target(difference, LABELS)
     of_target = difference.gather(1, LABELS[:, None])[:, 0] - others.mean(1)
     tckd, nckd = (T**2 * part for part in decoupled_kl(student, teacher, LABELS, temperature=T))
-    torch.testing.assert_close(tckd, (C - 1) / (2 * C**2) * of_target**2, rtol=2e-3, atol=1e-6)
-    torch.testing.assert_close(nckd, others.var(1, correction=0) / 2, rtol=2e-3, atol=1e-6)
+    torch.testing.assert_close(tckd, (C - 1) / (2 * C**2) * of_target**2, rtol=5e-4, atol=1e-6)
+    torch.testing.assert_close(nckd, others.var(1, correction=0) / 2, rtol=5e-4, atol=1e-6)
     kd = kd_loss(student, teacher, temperature=T, reduction="none")
-    torch.testing.assert_close(kd, difference.var(1, correction=0) / 2, rtol=2e-3, atol=1e-6)
+    torch.testing.assert_close(kd, difference.var(1, correction=0) / 2, rtol=5e-4, atol=1e-6)
 
 
 def test_cold_models_differ_by_the_margin_of_the_teachers_choice() -> None:
@@ -70,7 +70,22 @@ def test_cold_models_differ_by_the_margin_of_the_teachers_choice() -> None:
     assert_within(T * kd / T**2, margin(student, teacher), 1e-12)
     gradient = gradient_of(partial(dkd_loss, teacher_logits=teacher, labels=LABELS, temperature=T), student)
     expected = oracle.dkd_gradient(student, teacher, LABELS, temperature=T) / len(LABELS)
-    assert_within(gradient, expected, 1e-12 * expected.abs().amax(1, keepdim=True).clamp(min=1e-2 * T))
+    assert_within(gradient, expected, gradient_tolerance(expected, 2 * T / len(LABELS)))
+
+
+def test_cold_models_that_hardly_differ_are_those_of_the_paper() -> None:
+    T = 0.01
+    student, teacher = pair(scale=0.02)
+    assert student.div(T).softmax(1).amax(1).max() < 0.99, "the rows are to be soft at this temperature"
+    tckd, nckd = decoupled_kl(student, teacher, LABELS, temperature=T)
+    kd = kd_loss(student, teacher, temperature=T, reduction="none") / T**2
+    expected = oracle.divergences(student, teacher, LABELS, T)[:3]
+    for part, expected_part in zip((tckd, nckd, kd), expected, strict=True):
+        assert_within(part, expected_part, 1e-12)
+    loss = partial(dkd_loss, teacher_logits=teacher, labels=LABELS, temperature=T, reduction="none")
+    assert_within(loss(student), oracle.dkd(student, teacher, LABELS, temperature=T), 1e-12 * T**2)
+    gradient = gradient_of(lambda leaf: oracle.dkd(leaf, teacher, LABELS, temperature=T), student)
+    assert_within(gradient_of(loss, student), gradient, 1e-12 * gradient.abs().amax(1, keepdim=True))
 
 
 # --- Confident models ---
@@ -128,6 +143,43 @@ def test_wide_gaps_keep_their_values_and_gradients(
     assert_within(gradient, expected, tolerance * expected.abs().amax(1, keepdim=True))
 
 
+@pytest.mark.parametrize("temperature", [1.0, 4.0])
+@pytest.mark.parametrize(
+    ("dtype", "gap", "tolerance"),
+    [
+        (torch.float32, 18.0, 1e-4),
+        (torch.float32, 120.0, 1e-4),
+        (torch.bfloat16, 120.0, 2e-2),
+        (torch.float16, 18.0, 1e-2),
+    ],
+)
+def test_two_models_confident_of_the_same_other_class_differ_by_rounding(
+    dtype: torch.dtype, gap: float, tolerance: float, temperature: float
+) -> None:
+    labels, alpha, beta = torch.arange(256) % 6, 0.5, 2.0
+    student, teacher = pair(rows=256, scale=temperature)
+    other = (labels + 1) % 6
+    student, teacher = (column(logits, other, gap * temperature).to(dtype) for logits in (student, teacher))
+    weighted = {"alpha": alpha, "beta": beta, "temperature": temperature}
+    loss = partial(dkd_loss, teacher_logits=teacher, labels=labels, reduction="none", **weighted)
+    exact = student.double(), teacher.double(), labels
+    # All terms are differences of probabilities near 0 or near 1. Nothing underflows, but a probability near 1 has an
+    # absolute error of float32's eps, however small the exact difference of two of them.
+    eps = torch.finfo(torch.float32).eps
+
+    value_floor = 64 * eps * temperature**2
+    expected = oracle.dkd(*exact, **weighted)
+    assert_within(loss(student), expected, tolerance * expected + value_floor)
+    kd = temperature**2 * oracle.divergences(*exact, temperature)[2]
+    actual = kd_loss(student, teacher, temperature=temperature, reduction="none")
+    assert_within(actual, kd, tolerance * kd + value_floor)
+
+    gradient, expected = gradient_of(loss, student), oracle.dkd_gradient(*exact, **weighted)
+    assert gradient.isfinite().all()
+    floor = 2 * eps * temperature * (alpha + beta)
+    assert_within(gradient, expected, tolerance * expected.abs().amax(1, keepdim=True) + floor)
+
+
 @pytest.mark.parametrize("temperature", [0.7, 1.0, 3.0])
 @pytest.mark.parametrize("scale", [10.0, 1e3, 1e5])
 def test_float32_of_a_teacher_torn_between_two_distant_classes(scale: float, temperature: float) -> None:
@@ -140,10 +192,10 @@ def test_float32_of_a_teacher_torn_between_two_distant_classes(scale: float, tem
         assert_rounded_only(student, teacher, torch.full((64,), label), temperature)
 
 
-@pytest.mark.parametrize("scale", [1.0, 3.0])
-def test_float32_of_a_large_vocabulary(scale: float) -> None:
-    student, teacher = pair(rows=4, classes=152_000, scale=scale, dtype=torch.float32)
-    assert_rounded_only(student, teacher, LABELS, temperature=1.0)
+def test_float32_of_a_large_vocabulary() -> None:
+    # Against a flat student the rounding of the normaliser, which log_softmax sums in float32, does not cancel.
+    _, teacher = pair(rows=2, classes=1_000_000, scale=3.0, dtype=torch.float32)
+    assert_rounded_only(torch.zeros_like(teacher), teacher, LABELS[:2], temperature=1.0)
 
 
 def assert_rounded_only(student: Tensor, teacher: Tensor, labels: Tensor, temperature: float) -> None:

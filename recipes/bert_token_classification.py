@@ -1,0 +1,187 @@
+"""Distil a tagger of words, such as for named entities: by default BERT into DistilBERT on CoNLL-2003.
+
+    accelerate launch recipes/bert_token_classification.py --student_model_name_or_path google-bert/bert-base-cased \
+        --output_dir teacher
+    accelerate launch recipes/bert_token_classification.py --teacher_model_name_or_path teacher --output_dir student
+
+Without a teacher it fine-tunes, which is how to make one. Each row of the data has a list of words and one of tags.
+The first subword of each word carries its tag, so that teacher and student must have the same tokenizer: take a student
+of the teacher's family, or from its layers, `--student_layers 0,3,6,9`.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+from common import DataArguments, StudentArguments, column, load_splits, load_student, load_tokenizer, loading, run
+from datasets import ClassLabel, DatasetDict, LargeList, List
+from options import fail, option, parse
+from transformers import AutoModelForTokenClassification, DataCollatorForTokenClassification, set_seed
+
+from hf_dkd import DKDTrainer, DKDTrainingArguments
+from hf_dkd.metrics import Accuracy, EntityF1, TeacherAgreement, TeacherKL
+
+STUDENT = "distilbert/distilbert-base-cased"
+CONLL, CONLL_TAGS = "lhoestq/conll2003", "O,B-PER,I-PER,B-ORG,I-ORG,B-LOC,I-LOC,B-MISC,I-MISC"
+IGNORED = -100
+
+
+@dataclass
+class TaggingArguments(DataArguments):
+    dataset_name: str | None = option(CONLL, "Hub id, or a folder of parquet or JSON files.")
+    tokens_column_name: str | None = option(None, "Column of lists of words.")
+    tags_column_name: str | None = option(None, "Column of lists of tags.")
+    tag_names: str | None = option(None, "Names of the tags, where the data only numbers them from 0: 'O,B-PER,…'.")
+    max_seq_length: int = option(
+        256, "Subwords after which texts are cut off, words and tags; the rest is not evaluated."
+    )
+    label_all_subwords: bool = option(
+        False, "Train on every subword, not on the first of each word alone; evaluation takes the first."
+    )
+
+
+@dataclass
+class TaggingTrainingArguments(DKDTrainingArguments):
+    output_dir: str = "outputs/bert_token_classification"
+    num_train_epochs: float = 3
+    learning_rate: float = 5e-5
+    per_device_train_batch_size: int = 32
+    per_device_eval_batch_size: int = 64
+    warmup_steps: float = 0.1
+    eval_strategy: str = "epoch"
+    logging_steps: float = 50
+    save_total_limit: int = 1
+
+
+def load_tagged_texts(data: TaggingArguments) -> tuple[DatasetDict, list[str]]:
+    """Splits of columns tokens and tags, numbered, and the names of the tags."""
+    splits = load_splits(data)
+    tokens = column(splits, data.tokens_column_name, ("tokens", "words"), "tokens_column_name")
+    tags = column(splits, data.tags_column_name, ("ner_tags", "tags", "labels"), "tags_column_name")
+    splits = splits.select_columns([tokens, tags]).rename_columns({tokens: "tokens", tags: "tags"})
+    for name, feature in splits["train"].features.items():
+        if not isinstance(feature, List | LargeList):
+            fail(f"the {name} are no lists but {feature}: each row has a list of words and a list of their tags.")
+    kind = splits["train"].features["tags"].feature
+    if isinstance(kind, ClassLabel):
+        return splits, kind.names
+    if kind.dtype in ("string", "large_string"):
+        names = sorted({tag for tags in splits["train"]["tags"] for tag in tags})
+    else:
+        known = data.tag_names
+        if known is None and data.dataset_name == CONLL and data.train_file is None:
+            known = CONLL_TAGS
+        if known is None:
+            fail("the tags are numbers: name them with --tag_names O,B-PER,…")
+        names = known.split(",")
+    try:
+        return splits.cast_column("tags", List(ClassLabel(names=names))), names
+    except ValueError as error:
+        fail(f"the tags: {error}; the training split, or --tag_names, must have every tag.")
+
+
+def load_tokenizers(student: str | None, teacher: str | None, texts: list[list[str]]) -> Any:
+    """The student's tokenizer, which must split `texts` as the teacher's does: tags stand at the same subwords."""
+    # For the byte-level tokenizers, such as RoBERTa's: a word is then the same at the start of a text as within it.
+    tokenizer = load_tokenizer(student or teacher, "student", add_prefix_space=True)
+    if teacher is not None:
+        other = load_tokenizer(teacher, "teacher", add_prefix_space=True)
+        ids, other_ids = (one(texts, is_split_into_words=True)["input_ids"] for one in (tokenizer, other))
+        if ids != other_ids or tokenizer.get_vocab() != other.get_vocab():
+            fail(f"the tokenizers of teacher ({len(other)} subwords) and student ({len(tokenizer)}) differ, but tags "
+                 "must stand at the same: take a student of the teacher's family or --student_layers.")  # fmt: skip
+    return tokenizer
+
+
+def subword_labels(words: list[int | None], tags: list[int], later: list[int]) -> list[int]:
+    """A label for each subword, of which `words` tells the word: the word's tag, and what `later` makes of it from the
+    word's second subword on.
+    """
+    pairs = zip(words, [None, *words[:-1]], strict=True)
+    return [IGNORED if word is None else later[tags[word]] if word == before else tags[word] for word, before in pairs]
+
+
+def tag_lists(names: list[str], classes: Any, labels: Any) -> list[list[str]]:
+    """The names of `classes` (N, L) where `labels` (N, L) hold a tag: a list for each of the N texts."""
+    return [[names[index] for index in row[kept]] for row, kept in zip(classes, labels != IGNORED, strict=True)]
+
+
+def tagging_metrics(names: list[str], prediction: Any) -> dict[str, float]:
+    logits, labels = prediction.predictions, prediction.label_ids
+    classes, kept = logits.argmax(-1), labels != IGNORED
+    lists = {"predictions": tag_lists(names, classes, labels), "references": tag_lists(names, labels, labels)}
+    metrics = EntityF1().compute(**lists)
+    metrics |= Accuracy().compute(predictions=classes[kept], references=labels[kept])
+    if hasattr(prediction, "teacher_logits"):
+        for metric in (TeacherAgreement(), TeacherKL()):
+            metrics |= metric.compute(predictions=logits[kept], references=prediction.teacher_logits[kept])
+    return metrics
+
+
+def build(data: TaggingArguments, student: StudentArguments, args: TaggingTrainingArguments) -> tuple[Any, DatasetDict]:
+    set_seed(args.seed)
+    splits, names = load_tagged_texts(data)
+    teacher = args.teacher_model_name_or_path
+    if not (student.student_model_name_or_path or student.student_model_type or student.student_layers):
+        student.student_model_name_or_path = STUDENT
+    tokenizer = load_tokenizers(student.student_model_name_or_path, teacher, splits["train"][:100]["tokens"])
+    # Within an entity that began with the word's first subword, the others continue it.
+    inside = [names.index(f"I-{tag[2:]}") if f"I-{tag[2:]}" in names else index for index, tag in enumerate(names)]
+    first_alone = [IGNORED] * len(names)
+
+    def tokenize(rows: dict[str, list], later: list[int]) -> dict[str, list]:
+        encoded = tokenizer(rows["tokens"], is_split_into_words=True, truncation=True, max_length=data.max_seq_length)
+        for tokens, tags in zip(rows["tokens"], rows["tags"], strict=True):
+            if len(tokens) != len(tags) or not all(0 <= tag < len(names) for tag in tags):
+                fail(f"{len(tokens)} words have the tags {tags}; expected one each, from 0 to {len(names) - 1}.")
+        labels = [subword_labels(encoded.word_ids(row), tags, later) for row, tags in enumerate(rows["tags"])]
+        return {**encoded, "labels": labels}
+
+    with args.main_process_first(desc="tokenizing"):
+        for name, split in splits.items():
+            later = inside if data.label_all_subwords and name == "train" else first_alone
+            splits[name] = split.map(
+                partial(tokenize, later=later), batched=True, remove_columns=["tokens", "tags"], desc="Tokenizing"
+            )
+    model = load_student(
+        AutoModelForTokenClassification,
+        student,
+        teacher,
+        num_labels=len(names),
+        id2label=dict(enumerate(names)),
+        label2id={name: index for index, name in enumerate(names)},
+    )
+    with loading("teacher", teacher):
+        trainer = DKDTrainer(
+            model=model,
+            args=args,
+            data_collator=DataCollatorForTokenClassification(tokenizer, pad_to_multiple_of=8),
+            train_dataset=splits["train"],
+            eval_dataset=splits["validation"],
+            processing_class=tokenizer,
+            compute_metrics=partial(tagging_metrics, names),
+        )
+    return trainer, splits
+
+
+def main() -> None:
+    data, student, args, settings = parse(TaggingArguments, StudentArguments, TaggingTrainingArguments)
+    trainer, splits = build(data, student, args)
+    names = list(trainer.model.config.id2label.values())
+    run(
+        trainer,
+        splits,
+        settings,
+        primary="f1",
+        table=lambda output: {
+            "label": tag_lists(names, output.label_ids, output.label_ids),
+            "prediction": tag_lists(names, np.argmax(output.predictions, axis=-1), output.label_ids),
+        },
+        tasks="token-classification",
+        dataset=data.train_file or data.dataset_name,
+    )
+
+
+if __name__ == "__main__":
+    main()
