@@ -160,7 +160,13 @@ def _teacher_logits_for_metrics(trainer: Any) -> Iterator[None]:
         student, teacher = _split_predictions(prediction.predictions)
         apart: Any = EvalPrediction(student, prediction.label_ids, inputs=prediction.inputs, losses=prediction.losses)
         apart.teacher_logits = teacher
-        return compute_metrics(apart, **kwargs)
+        # It may evaluate once more, with the script's own functions.
+        trainer.compute_metrics, trainer.preprocess_logits_for_metrics = compute_metrics, preprocess
+        try:
+            return compute_metrics(apart, **kwargs)
+        finally:
+            trainer.compute_metrics = compute_with_teacher
+            trainer.preprocess_logits_for_metrics = preprocess_student
 
     trainer.preprocess_logits_for_metrics = preprocess_student
     trainer.compute_metrics = compute_metrics and compute_with_teacher

@@ -1,5 +1,6 @@
 """Students made from their teacher's layers."""
 
+import copy
 import re
 from collections.abc import Sequence
 
@@ -31,7 +32,9 @@ def keep_layers(model: PreTrainedModel, layers: Sequence[int]) -> PreTrainedMode
     config = type(model.config).from_dict(model.config.to_dict() | {"num_hidden_layers": len(layers)})
     if getattr(config, "layer_types", None):
         config.layer_types = [model.config.layer_types[layer] for layer in layers]
+    config._attn_implementation = model.config._attn_implementation
     student = type(model)(config)
+    student.generation_config = copy.deepcopy(getattr(model, "generation_config", None))
     weights = model.state_dict()
     position = re.compile(rf"^({re.escape(stacks[0])}\.)(\d+)")
     for name in student.state_dict():

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -67,6 +68,8 @@ class DKDArgumentsMixin:
     )
 
     def __post_init__(self) -> None:
+        if self.teacher_model_name_or_path is not None:
+            self.teacher_model_name_or_path = os.fspath(self.teacher_model_name_or_path)
         if isinstance(self.teacher_model_init_kwargs, str):
             try:
                 self.teacher_model_init_kwargs = json.loads(self.teacher_model_init_kwargs)

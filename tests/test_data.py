@@ -161,6 +161,13 @@ def test_a_collator_that_empties_its_examples_leaves_them_to_the_other() -> None
     assert all("x" in example for example in examples)
 
 
+def test_columns_for_the_teacher_in_only_some_examples_are_an_error_that_names_the_first_without() -> None:
+    examples = texts()
+    examples[1] = {name: value for name, value in examples[1].items() if not name.startswith("teacher_")}
+    with pytest.raises(ValueError, match=r"Example 1 of the batch has no column.*'teacher_'.*attention_mask, label\."):
+        of_two_tokenizers()(examples)
+
+
 def test_any_mapping_is_an_example() -> None:
     examples = [BatchEncoding(example) for example in texts()]
     expected = of_two_tokenizers()(texts())

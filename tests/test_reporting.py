@@ -2,6 +2,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from matplotlib.figure import Figure
 
 from hf_dkd import DKDArgumentsMixin
 from hf_dkd.reporting import add_to_model_card, distillation_section, plot_curves
@@ -83,3 +84,29 @@ def test_curves_of_runs_with_and_without_a_teacher_are_drawn(suffix: str, tmp_pa
     alone = [[{"step": step, "ce": 0.5, "loss": 0.5} for step in (1, 2, 3)]]
     plot_curves({"DKD": runs, "CE": alone}, tmp_path / f"curves.{suffix}")
     assert (tmp_path / f"curves.{suffix}").stat().st_size > 10_000
+
+
+def test_each_panel_draws_the_methods_that_have_its_term(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[Figure] = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *args, **kwargs: drawn.append(figure))
+    runs = [[{"step": step, **TERMS, "tckd": height * step} for step in (1, 2, 3)] for height in (0.5, 1.5)]
+    alone = [[{"step": step, "ce": 0.25, "loss": 0.25} for step in (1, 2)] + [{"step": 2, "eval_loss": 0.5}]]
+    plot_curves({"DKD": runs, "CE": alone}, tmp_path / "curves.png")
+    ce, tckd, nckd = drawn[0].axes
+    assert [axes.get_title() for axes in (ce, tckd, nckd)] == [
+        "CE (hard labels)",
+        "TCKD (target against the rest)",
+        "NCKD (among the rest)",
+    ]
+    assert [[text.get_text() for text in axes.get_legend().get_texts()] for axes in (ce, tckd, nckd)] == [
+        ["DKD", "CE"],
+        ["DKD"],
+        ["DKD"],
+    ]
+    # Two runs and their mean; of the method without a teacher one run and its mean, in its own colour.
+    curves = [[list(line.get_ydata()) for line in axes.get_lines()] for axes in (ce, tckd, nckd)]
+    assert curves[0] == [[0.5] * 3] * 3 + [[0.25] * 2] * 2
+    assert curves[1] == [[0.5, 1.0, 1.5], [1.5, 3.0, 4.5], [1.0, 2.0, 3.0]]
+    assert curves[2] == [[TERMS["nckd"]] * 3] * 3
+    assert [line.get_color() for line in ce.get_lines()] == ["C0"] * 3 + ["C1"] * 2
+    assert list(tckd.get_lines()[0].get_xdata()) == [1, 2, 3]

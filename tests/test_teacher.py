@@ -11,7 +11,7 @@ from hf_dkd import Teacher
 from hf_dkd.rows import logits_of
 from hf_dkd.teacher import class_names_of
 
-from .models import ARCHITECTURES, IMAGE_SIZE
+from .models import ARCHITECTURES, IMAGE_SIZE, VOCABULARY
 
 CPU = torch.device("cpu")
 DROPOUT = {"hidden_dropout_prob": 0.5, "attention_probs_dropout_prob": 0.5}
@@ -165,6 +165,25 @@ def test_a_module_with_one_input_gets_the_main_one_and_may_return_a_tensor() -> 
     torch.testing.assert_close(teacher.logits({**batch, "teacher_pixel_values": other}), model(other), rtol=0, atol=0)
 
 
+class Counting(nn.Module):
+    """A module of no library that reads ids: one positional input, bare logits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.EmbeddingBag(VOCABULARY, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.embedding(x)
+
+
+@pytest.mark.parametrize(("name", "make", "column"), [("vit", Mean, "pixel_values"), ("bert", Counting, "input_ids")])
+def test_a_plain_module_runs_before_any_student_is_known(name: str, make: Any, column: str) -> None:
+    model, batch = make(), ARCHITECTURES[name].batch()
+    logits = Teacher(model).logits(batch)
+    assert torch.equal(logits, model(batch[column]))
+    assert not logits.requires_grad
+
+
 def test_a_batch_without_its_columns_names_both() -> None:
     with pytest.raises(ValueError, match=r"forward names pixel_values.*the batch has input_ids, attention_mask"):
         prepared(ARCHITECTURES["vit"].model()).logits(ARCHITECTURES["bert"].batch())
@@ -190,6 +209,13 @@ def test_class_names_come_from_the_config_or_from_label_names() -> None:
     assert Teacher(model).class_names == class_names_of(model) == list(names.values())
     assert Teacher(model, label_names=["x", "y", "z"]).class_names == ["x", "y", "z"]
     assert Teacher(Mean()).class_names is None
+
+
+def test_class_names_with_keys_read_from_json_stand_in_the_order_of_their_numbers() -> None:
+    names = [f"kind {index}" for index in range(12)]
+    model = ARCHITECTURES["bert"].model(num_labels=12)
+    model.config.id2label = {str(index): name for index, name in enumerate(names)}
+    assert class_names_of(model) == Teacher(model).class_names == names
 
 
 def test_name_is_the_path_it_came_from_or_its_class(tmp_path: Path) -> None:
@@ -220,6 +246,13 @@ def test_from_pretrained_passes_its_keywords_on(tmp_path: Path) -> None:
     teacher = Teacher.from_pretrained(str(tmp_path), model, dtype="bfloat16", attn_implementation="eager")
     assert teacher.model.dtype == torch.bfloat16
     assert teacher.model.config._attn_implementation == "eager"
+
+
+def test_a_checkpoint_without_a_trained_head_is_refused_by_the_names_of_what_it_lacks(tmp_path: Path) -> None:
+    model = ARCHITECTURES["bert"].model()
+    model.bert.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=rf"{tmp_path}' lacks weights: classifier\.bias, classifier\.weight\."):
+        Teacher.from_pretrained(tmp_path, model)
 
 
 def test_pickled_weights_are_refused(tmp_path: Path) -> None:

@@ -2,28 +2,26 @@
 
 import inspect
 import logging
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import nn
 from torch.nn.functional import cross_entropy
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     BertForSequenceClassification,
     Seq2SeqTrainer,
     Trainer,
-    TrainerCallback,
     TrainingArguments,
     ViTForImageClassification,
 )
 
 from hf_dkd import DKDSeq2SeqTrainer, DKDTrainer
-from hf_dkd.objective import RunningTerms
 
 from . import oracle
 from .trainer_helpers import (
+    PutsInTrainMode,
     arguments,
     assert_close,
     expected_logs,
@@ -35,6 +33,7 @@ from .trainer_helpers import (
     sentences,
     tiny,
     trained,
+    vits,
     weights_of,
 )
 
@@ -44,10 +43,6 @@ SETTINGS = [
     {"alpha": 0.0, "beta": 2.0, "temperature": 2.0},
     {"alpha": 3.0, "beta": 0.0, "temperature": 0.5},
 ]
-
-
-def vits() -> tuple[Any, Any]:
-    return tiny(ViTForImageClassification, 0), tiny(ViTForImageClassification, 1)
 
 
 # ---- One step ----
@@ -110,15 +105,16 @@ def test_parameters_are_those_of_trainer_then_teacher(ours, theirs):
 
 
 @pytest.mark.parametrize("by", ["argument", "setting"])
-def test_a_teacher_is_loaded_by_path(tmp_path, by):
+@pytest.mark.parametrize("kind", [str, Path])
+def test_a_teacher_is_loaded_by_path(tmp_path, kind, by):
     student, teacher = vits()
     teacher.save_pretrained(tmp_path / "teacher")
     expected = expected_logs(student, teacher, images(4))
-    path = str(tmp_path / "teacher")
+    path = kind(tmp_path / "teacher")
     given = {"teacher": path} if by == "argument" else {"teacher_model_name_or_path": path}
     trainer = trained(tmp_path, student, images(4), **given)
     assert logs_of(trainer)[0]["dkd"] == pytest.approx(expected["dkd"], rel=1e-5)
-    assert trainer.teacher.name == path
+    assert trainer.teacher.name == str(path)
 
 
 def test_a_teacher_given_twice_is_refused(tmp_path):
@@ -256,16 +252,6 @@ def test_the_teacher_is_frozen_and_saved_nowhere(tmp_path):
     assert others == [alone] * 3
 
 
-class PutsInTrainMode(TrainerCallback):
-    """A script that puts the teacher in train mode before every step."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self.module = module
-
-    def on_step_begin(self, args, state, control, **kwargs):
-        self.module.train()
-
-
 # ---- Logs ----
 
 
@@ -307,24 +293,3 @@ def test_the_weight_of_the_distillation_term_warms_up(tmp_path, warmup):
     for log in logs:
         assert log["dkd"] == pytest.approx(log["dkd_weight"] * (log["tckd"] + log["nckd"]), rel=1e-5)
         assert log["loss"] == pytest.approx(log["ce"] + log["dkd"], abs=1e-5)
-
-
-class ScalarReads(TorchDispatchMode):
-    """Counts the scalars that are read from their device."""
-
-    count = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.count += func is torch.ops.aten._local_scalar_dense.default
-        return func(*args, **(kwargs or {}))
-
-
-def test_running_terms_are_read_only_when_drained():
-    terms, reads = RunningTerms(), ScalarReads()
-    with reads:
-        for value in (1.0, 2.0, 4.0):
-            terms.add({"ce": torch.tensor(value, requires_grad=True), "rows": torch.tensor(3)}, torch.tensor(True))
-    assert reads.count == 0
-    with reads:
-        assert torch.tensor(1.0).item() == 1
-    assert reads.count == 1

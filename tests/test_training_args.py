@@ -1,4 +1,5 @@
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -101,13 +102,27 @@ def test_a_bad_value_is_refused_by_name_when_built_and_when_checked(
         ({"distillation": "kd", "dkd_beta": 2}, 'dkd_beta is 2.0 with distillation="kd"'),
         ({"ce_weight": 0, "dkd_alpha": 0, "dkd_beta": 0}, "all 0: nothing would be trained"),
         ({"ce_weight": 0, "dkd_alpha": 0, "distillation": "kd"}, "all 0: nothing would be trained"),
-        ({"teacher_model_init_kwargs": "{dtype"}, "property name"),
+        (
+            {"teacher_model_init_kwargs": "{dtype"},
+            "teacher_model_init_kwargs is '{dtype'; expected a JSON object: .*name",
+        ),
         ({"teacher_model_init_kwargs": '["dtype"]'}, "teacher_model_init_kwargs"),
     ],
 )
 def test_settings_that_exclude_each_other_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         DKDArgumentsMixin(**settings)
+
+
+@pytest.mark.parametrize("value", [None, "abc", [1.0]])
+@pytest.mark.parametrize("name", ["dkd_alpha", "dkd_temperature", "dkd_warmup_steps"])
+def test_what_is_no_number_is_refused_by_name(name: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=rf"{name} is {re.escape(repr(value))}; expected a number\."):
+        DKDArgumentsMixin(**{name: value})
+    args = DKDTrainingArguments()
+    setattr(args, name, value)
+    with pytest.raises(ValueError, match=rf"{name} is {re.escape(repr(value))}; expected a number\."):
+        args.check_distillation()
 
 
 @pytest.mark.parametrize(
@@ -176,6 +191,11 @@ def test_keywords_of_the_teacher_are_written_as_json(arguments_class: Any, tmp_p
     assert written["quantization_config"]["bnb_4bit_compute_dtype"] == "bfloat16"
     assert args.teacher_model_init_kwargs["quantization_config"] is quantization
     args.to_sanitized_dict()
+
+
+def test_a_path_to_the_teacher_is_written_as_json(tmp_path: Path) -> None:
+    args = DKDTrainingArguments(str(tmp_path), teacher_model_name_or_path=tmp_path / "teacher")
+    assert json.loads(args.to_json_string())["teacher_model_name_or_path"] == str(tmp_path / "teacher")
 
 
 def test_settings_survive_being_saved(tmp_path: Path) -> None:

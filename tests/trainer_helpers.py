@@ -6,7 +6,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from transformers import PreTrainedModel, TrainerCallback, default_data_collator, set_seed
+from transformers import (
+    PreTrainedModel,
+    TrainerCallback,
+    ViTForImageClassification,
+    default_data_collator,
+    set_seed,
+)
 
 from hf_dkd import DKDTrainer, DKDTrainingArguments
 
@@ -39,6 +45,11 @@ def tiny(model_class: type[PreTrainedModel], seed: int = 0, **config: Any) -> An
     """A two-layer model of `model_class` without dropout, whose random weights are large enough to disagree."""
     set_seed(seed)
     return model_class(model_class.config_class(**{**_CONFIGS[model_class.config_class.model_type], **config}))
+
+
+def vits() -> tuple[Any, Any]:
+    """A student and a teacher for `images`."""
+    return tiny(ViTForImageClassification, 0), tiny(ViTForImageClassification, 1)
 
 
 def images(count: int, size: int = 8, classes: int = 4, seed: int = 0) -> list[dict[str, Any]]:
@@ -110,6 +121,16 @@ def weights_of(model: nn.Module) -> Tensor:
     return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
 
 
+class PutsInTrainMode(TrainerCallback):
+    """A script that puts `module` in train mode before every step."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.module.train()
+
+
 class Gradients(TrainerCallback):
     """Keeps the gradient of every optimizer step, all parameters in one vector."""
 
@@ -163,3 +184,8 @@ def expected_logs(
     with torch.no_grad():
         logits, labels = labelled_logits(student, examples)
         return expected_terms(logits, labelled_logits(teacher, examples)[0], labels, **settings)
+
+
+def in_rows(batch: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+    """The examples of a batch, such as those of `models.ARCHITECTURES`."""
+    return [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]

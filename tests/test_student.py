@@ -1,0 +1,97 @@
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from hf_dkd.rows import logits_of
+from hf_dkd.student import keep_layers
+
+from .models import ARCHITECTURES
+
+# Where the stack of layers is, and how the architecture's own config counts them.
+STACKS = {
+    "bert": ("bert.encoder.layer", "num_hidden_layers"),
+    "distilbert": ("distilbert.transformer.layer", "n_layers"),
+    "vit": ("vit.layers", "num_hidden_layers"),
+    "gpt2": ("transformer.h", "n_layer"),
+    "llama": ("model.layers", "num_hidden_layers"),
+}
+
+
+def deep(name: str, layers: int = 4) -> Any:
+    """A model of several layers, no two of which have the same weights."""
+    return ARCHITECTURES[name].model(**{STACKS[name][1]: layers}).eval()
+
+
+def with_layers(model: Any, name: str, layers: list[int]) -> Any:
+    """A copy of `model` whose other layers are taken out by hand."""
+    model, path = copy.deepcopy(model), STACKS[name][0]
+    stack = model.get_submodule(path)
+    parent, _, attribute = path.rpartition(".")
+    setattr(model.get_submodule(parent), attribute, nn.ModuleList(stack[layer] for layer in layers))
+    return model
+
+
+def logits(model: Any, batch: dict[str, Tensor]) -> Tensor:
+    # The cache counts layers by the config, which removing them by hand does not change.
+    cache = {"use_cache": False} if hasattr(model.config, "use_cache") else {}
+    with torch.no_grad():
+        return logits_of(model(**batch, **cache), "student")
+
+
+@pytest.mark.parametrize("layers", [[0, 2], [3], [1, 0, 3], [0, 1, 2, 3]])
+@pytest.mark.parametrize("name", STACKS)
+def test_its_logits_are_those_of_the_model_without_the_other_layers(name: str, layers: list[int]) -> None:
+    model, batch = deep(name), ARCHITECTURES[name].batch()
+    student = keep_layers(model, layers)
+    assert type(student) is type(model)
+    assert student.config.num_hidden_layers == len(student.get_submodule(STACKS[name][0])) == len(layers)
+    assert model.config.num_hidden_layers == 4
+    assert torch.equal(logits(student, batch), logits(with_layers(model, name, layers), batch))
+    assert torch.equal(logits(student, batch), logits(model, batch)) is (layers == [0, 1, 2, 3])
+
+
+@pytest.mark.parametrize("name", STACKS)
+def test_it_is_a_copy_that_is_saved_and_loaded(name: str, tmp_path: Path) -> None:
+    model, batch = deep(name), ARCHITECTURES[name].batch()
+    student = keep_layers(model, [1, 3])
+    assert not {p.data_ptr() for p in student.parameters()} & {p.data_ptr() for p in model.parameters()}
+    student.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path)
+    assert loaded.config.num_hidden_layers == 2
+    assert torch.equal(logits(loaded, batch), logits(student, batch))
+
+
+def test_tied_weights_stay_tied() -> None:
+    student = keep_layers(deep("gpt2"), [0, 3])
+    assert student.lm_head.weight is student.transformer.wte.weight
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["bert", "llama"])
+def test_mode_dtype_and_labels_are_kept(name: str, dtype: torch.dtype, training: bool) -> None:
+    model = deep(name).to(dtype).train(training)
+    model.config.id2label = names = dict(enumerate(["ant", "bee", "cat", "dog", "emu"]))
+    student = keep_layers(model, [2])
+    assert all(module.training is training for module in student.modules())
+    assert {p.dtype for p in student.parameters()} == {dtype}
+    assert student.config.id2label == names
+    assert all(p.requires_grad for p in student.parameters())
+
+
+@pytest.mark.parametrize("layers", [[], [4], [0, 4], [-1], [0, -4]])
+def test_layers_that_the_model_does_not_have_are_refused(layers: list[int]) -> None:
+    with pytest.raises(
+        ValueError, match=rf"layers are \[{', '.join(map(str, layers))}\]; expected numbers from 0 to 3"
+    ):
+        keep_layers(deep("bert"), layers)
+
+
+def test_two_stacks_are_refused() -> None:
+    model = ARCHITECTURES["bart"].model(encoder_layers=2, decoder_layers=2)
+    with pytest.raises(ValueError, match=r"BartForConditionalGeneration has 2 stacks of 2 layers; .* exactly one"):
+        keep_layers(model, [0])
