@@ -34,7 +34,8 @@ def keep_layers(model: PreTrainedModel, layers: Sequence[int]) -> PreTrainedMode
         config.layer_types = [model.config.layer_types[layer] for layer in layers]
     config._attn_implementation = model.config._attn_implementation
     student = type(model)(config)
-    student.generation_config = copy.deepcopy(getattr(model, "generation_config", None))
+    if model.can_generate():
+        student.generation_config = copy.deepcopy(model.generation_config)
     weights = model.state_dict()
     position = re.compile(rf"^({re.escape(stacks[0])}\.)(\d+)")
     for name in student.state_dict():

@@ -9,6 +9,8 @@ from .calibration import ExpectedCalibrationError, reliability
 from .classification import classification_metrics
 from .entity_f1 import EntityF1
 from .f1 import F1
+from .rouge import Rouge
+from .sacrebleu import SacreBLEU
 from .teacher_agreement import TeacherAgreement
 from .teacher_kl import TeacherKL
 from .top_k_accuracy import TopKAccuracy
@@ -18,6 +20,8 @@ __all__ = [
     "Accuracy",
     "EntityF1",
     "ExpectedCalibrationError",
+    "Rouge",
+    "SacreBLEU",
     "TeacherAgreement",
     "TeacherKL",
     "TopKAccuracy",

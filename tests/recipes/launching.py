@@ -44,7 +44,7 @@ def launch(recipe: str, processes: int = 1, **options: Any) -> dict[str, Any]:
 
 
 def complaint(recipe: str, **options: Any) -> str:
-    """The one line that `recipe` stops with for options that are wrong. Without the launcher, which adds nothing here."""
+    """The one line that `recipe` stops with for options that are wrong, without the launcher, which adds nothing."""
     words = command(recipe, **options)
     direct = [sys.executable, *words[words.index(str(RECIPES / recipe)) :]]
     done = subprocess.run(direct, env=environment(), capture_output=True, text=True, check=False)
