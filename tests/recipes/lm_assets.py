@@ -7,11 +7,13 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, set_seed
 
-from .launching import RECIPES
+from .launching import RECIPES, command
 
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 ROMANCE = ("nul", "un", "deux", "trois", "quatre", "cinq", "six_", "sept", "huit", "neuf")
@@ -29,21 +31,25 @@ LLAMA = {
 T5 = {"d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 2, "num_heads": 2, "dropout_rate": 0.0}
 
 
-def tiny_tokenizer(words: Iterable[str] = (*WORDS, *ROMANCE)) -> PreTrainedTokenizerFast:
-    """A token for each word and for the end of a line."""
+def tiny_tokenizer(words: Iterable[str] = (*WORDS, *ROMANCE), template: str = "$A") -> PreTrainedTokenizerFast:
+    """A token for each word and for the end of a line; `template` adds BOS or EOS to each text, as in "<s> $A </s>"."""
     vocabulary = {word: index for index, word in enumerate((*_OTHERS, *words))}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Split(" ", "removed"), pre_tokenizers.Split("\n", "isolated")]
     )
+    special = [(token, vocabulary[token]) for token in (BOS, EOS) if token in template]
+    tokenizer.post_processor = TemplateProcessing(single=template, special_tokens=special)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token=PAD, eos_token=EOS, bos_token=BOS, unk_token="<unk>"
     )
 
 
-def save_tiny(folder: Path, model_class: type[PreTrainedModel], seed: int = 0, **config: Any) -> Path:
+def save_tiny(
+    folder: Path, model_class: type[PreTrainedModel], seed: int = 0, template: str = "$A", **config: Any
+) -> Path:
     """A model of random weights and its tokenizer, as a model directory."""
-    tokenizer = tiny_tokenizer()
+    tokenizer = tiny_tokenizer(template=template)
     ids = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
     ids |= {"bos_token_id": tokenizer.bos_token_id, "decoder_start_token_id": tokenizer.pad_token_id}
     set_seed(seed)
@@ -75,7 +81,29 @@ def write_json(path: Path, rows: list[dict[str, Any]]) -> Path:
 
 
 def recipe(name: str) -> Any:
-    """A recipe as a module, for what needs no launch."""
+    """A recipe as a module, for what needs no process of its own."""
     if str(RECIPES) not in sys.path:
         sys.path.insert(0, str(RECIPES))
     return importlib.import_module(name)
+
+
+def run_here(name: str, **options: Any) -> dict[str, Any]:
+    """Run a recipe in this process, which spares the imports of a launch; its results.json."""
+    words = command(f"{name}.py", **options)
+    with patch.object(sys, "argv", words[words.index(str(RECIPES / f"{name}.py")) :]):
+        recipe(name).main()
+    return json.loads((Path(options["output_dir"]) / "results.json").read_text())
+
+
+def built(name: str, kinds: tuple[str, str, str], **options: Any) -> tuple[Any, Any]:
+    """What `build` of a recipe makes of these options, in this process; `kinds` are its dataclasses of options."""
+    module = recipe(name)
+    given = {"use_cpu": True, "report_to": "none", "disable_tqdm": True, "logging_steps": 1} | options
+    given = {option: str(value) if isinstance(value, Path) else value for option, value in given.items()}
+    filled = []
+    for kind in (getattr(module, kind) for kind in kinds):
+        filled.append(
+            kind(**{option: given.pop(option) for option in list(given) if option in kind.__dataclass_fields__})
+        )
+    assert not given
+    return module.build(*filled)
