@@ -97,6 +97,9 @@ def load_splits(data: DataArguments) -> DatasetDict:
 
 
 def _hold_out(train: Dataset, data: DataArguments) -> dict[str, Dataset]:
+    if train.info.builder_name == "text":  # lines of running text: drawn at random they would tear it to pieces
+        halves = train.train_test_split(data.validation_share, shuffle=False)
+        return {"train": halves["train"], "validation": halves["test"]}
     stratify = next((name for name, feature in train.features.items() if isinstance(feature, ClassLabel)), None)
     split = {"test_size": data.validation_share, "seed": data.split_seed}
     try:

@@ -3,7 +3,7 @@
 import datasets
 import evaluate
 import numpy as np
-from rouge_score.rouge_scorer import RougeScorer  # type: ignore[import-untyped]
+from rouge_score.rouge_scorer import RougeScorer
 
 TYPES = ("rouge1", "rouge2", "rougeL")
 
