@@ -1,5 +1,9 @@
 """Distil a text classifier: a GLUE task by name, or any data with one or two text columns and a label column.
 
+    accelerate launch recipes/bert_classification.py
+
+distils a BERT into DistilBERT on six emotions. A teacher of one's own, and a student from its layers:
+
     accelerate launch recipes/bert_classification.py --task_name mnli --student_model_name_or_path bert-base-uncased \
         --output_dir teacher
     accelerate launch recipes/bert_classification.py --task_name mnli --teacher_model_name_or_path teacher \
@@ -34,6 +38,8 @@ from transformers import (
 from hf_dkd import DataCollatorWithTeacherInputs, DKDTrainer, DKDTrainingArguments
 from hf_dkd.metrics import classification_metrics
 
+DATA = "dair-ai/emotion"
+STUDENT, TEACHER = "distilbert/distilbert-base-uncased", "bhadresh-savani/bert-base-uncased-emotion"
 GLUE = {
     "cola": ("sentence", None),
     "sst2": ("sentence", None),
@@ -88,6 +94,10 @@ def load_texts(data: TextArguments) -> tuple[DatasetDict, list[str]]:
 
 def build(data: TextArguments, student: StudentArguments, args: TextTrainingArguments) -> tuple[Any, DatasetDict]:
     set_seed(args.seed)
+    if not (data.dataset_name or data.train_file or data.task_name):
+        data.dataset_name = DATA
+        if not (student.student_model_name_or_path or student.student_model_type or args.teacher_model_name_or_path):
+            student.student_model_name_or_path, args.teacher_model_name_or_path = STUDENT, TEACHER
     splits, names = load_texts(data)
     teacher = args.teacher_model_name_or_path
     tokenizer = load_tokenizer(student.student_model_name_or_path or teacher, "student")

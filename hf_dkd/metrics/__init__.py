@@ -9,6 +9,7 @@ from .calibration import ExpectedCalibrationError, reliability
 from .classification import classification_metrics
 from .entity_f1 import EntityF1
 from .f1 import F1
+from .matthews import MatthewsCorrelation
 from .rouge import Rouge
 from .sacrebleu import SacreBLEU
 from .teacher_agreement import TeacherAgreement
@@ -20,6 +21,7 @@ __all__ = [
     "Accuracy",
     "EntityF1",
     "ExpectedCalibrationError",
+    "MatthewsCorrelation",
     "Rouge",
     "SacreBLEU",
     "TeacherAgreement",

@@ -48,6 +48,12 @@ def test_f1_by_hand() -> None:
     assert metrics.F1().compute(predictions=[1, 1, 0], references=[1, 0, 1], average="binary") == {"f1": 0.5}
 
 
+def test_matthews_correlation_by_hand() -> None:
+    # Two true and one false positive, one true and no false negative: (2·1 − 1·0) / √(3·2·2·1).
+    found = metrics.MatthewsCorrelation().compute(predictions=[1, 1, 1, 0], references=[1, 1, 0, 0])
+    assert found == {"matthews_correlation": pytest.approx(2 / 12**0.5)}
+
+
 def test_entities_count_only_whole() -> None:
     references = [["B-person", "I-person", "O", "B-location"], ["O", "O"]]
     predictions = [["B-person", "O", "O", "B-location"], ["B-group", "O"]]
@@ -76,7 +82,8 @@ def test_the_metrics_of_a_classifier_are_those_of_its_parts() -> None:
     labels = np.arange(40) % 7
     prediction = EvalPrediction(student, labels)
     found = metrics.classification_metrics(prediction)
-    assert set(found) == {"accuracy", "top_5_accuracy", "f1", "expected_calibration_error"}
+    names = {"accuracy", "top_5_accuracy", "f1", "matthews_correlation", "expected_calibration_error"}
+    assert set(found) == names
     assert found["accuracy"] == np.mean(student.argmax(1) == labels)
     prediction.teacher_logits = teacher
     with_teacher = metrics.classification_metrics(prediction)
@@ -114,5 +121,5 @@ def test_calibration_of_certain_predictions() -> None:
 def test_every_module_loads_by_path() -> None:
     files = sorted(path for path in FOLDER.glob("*.py") if path.name not in ("__init__.py", "classification.py"))
     loaded = [evaluate.load(str(path)) for path in files]
-    assert len(loaded) == 9
+    assert len(loaded) == 10
     assert loaded[0].compute(predictions=[1], references=[1]) == {"accuracy": 1.0}
