@@ -54,6 +54,9 @@ class TaggingTrainingArguments(DKDTrainingArguments):
     save_total_limit: int = 1
 
 
+ARGUMENTS = (TaggingArguments, StudentArguments, TaggingTrainingArguments)
+
+
 def load_tagged_texts(data: TaggingArguments) -> tuple[DatasetDict, list[str]]:
     """Splits of columns tokens and tags, numbered, and the names of the tags."""
     splits = load_splits(data)
@@ -166,7 +169,7 @@ def build(data: TaggingArguments, student: StudentArguments, args: TaggingTraini
 
 
 def main() -> None:
-    data, student, args, settings = parse(TaggingArguments, StudentArguments, TaggingTrainingArguments)
+    data, student, args, settings = parse(*ARGUMENTS)
     trainer, splits = build(data, student, args)
     names = list(trainer.model.config.id2label.values())
     run(

@@ -63,6 +63,9 @@ class LanguageTrainingArguments(DKDTrainingArguments):
     save_total_limit: int = 1
 
 
+ARGUMENTS = (LanguageDataArguments, LanguageStudentArguments, LanguageTrainingArguments)
+
+
 def load_texts(data: LanguageDataArguments) -> DatasetDict:
     """Splits of a column text, or of the columns prompt and completion."""
     if data.dataset_name is None and data.train_file is None:
@@ -180,7 +183,7 @@ def build(
 
 
 def main() -> None:
-    data, student, args, settings = parse(LanguageDataArguments, LanguageStudentArguments, LanguageTrainingArguments)
+    data, student, args, settings = parse(*ARGUMENTS)
     trainer, splits = build(data, student, args)
     run(
         trainer,

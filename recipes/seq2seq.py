@@ -49,6 +49,9 @@ class GenerationTrainingArguments(DKDSeq2SeqTrainingArguments):
     save_total_limit: int = 1
 
 
+ARGUMENTS = (PairArguments, StudentArguments, GenerationTrainingArguments)
+
+
 def load_pairs(data: PairArguments) -> DatasetDict:
     """Splits of the columns source and target."""
     if data.dataset_name is None and data.train_file is None:
@@ -111,7 +114,7 @@ def build(data: PairArguments, student: StudentArguments, args: GenerationTraini
 
 
 def main() -> None:
-    data, student, args, settings = parse(PairArguments, StudentArguments, GenerationTrainingArguments)
+    data, student, args, settings = parse(*ARGUMENTS)
     trainer, splits = build(data, student, args)
     tokenizer = trainer.processing_class
     run(

@@ -1,5 +1,6 @@
 """Launching a recipe as a user does, through `accelerate launch`, and reading what it leaves."""
 
+import importlib
 import json
 import os
 import signal
@@ -8,9 +9,11 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from safetensors.torch import load_file
+from transformers import HfArgumentParser
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 _ONE_PROCESS = ("--cpu", "--num_processes", "1", "--num_machines", "1", "--mixed_precision", "no")
@@ -73,3 +76,26 @@ def kill_after_checkpoint(recipe: str, **options: Any) -> None:
 def weights(folder: Path) -> dict[str, torch.Tensor]:
     """The weights saved in `folder`."""
     return load_file(folder / "model.safetensors")
+
+
+def recipe(name: str) -> Any:
+    """A recipe as a module, for what needs no process of its own."""
+    if str(RECIPES) not in sys.path:
+        sys.path.insert(0, str(RECIPES))
+    return importlib.import_module(name)
+
+
+def run_here(name: str, **options: Any) -> dict[str, Any]:
+    """Run a recipe in this process, which spares the imports of a launch; its results.json."""
+    words = command(f"{name}.py", **options)
+    with patch.object(sys, "argv", words[words.index(str(RECIPES / f"{name}.py")) :]):
+        recipe(name).main()
+    return json.loads((Path(options["output_dir"]) / "results.json").read_text())
+
+
+def built(name: str, **options: Any) -> tuple[Any, Any]:
+    """What `build` of a recipe makes of these options, in this process."""
+    module = recipe(name)
+    given = {"use_cpu": True, "report_to": "none", "disable_tqdm": True, "logging_steps": 1} | options
+    given = {option: str(value) if isinstance(value, Path) else value for option, value in given.items()}
+    return module.build(*HfArgumentParser(module.ARGUMENTS).parse_dict(given))

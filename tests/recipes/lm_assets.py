@@ -1,19 +1,14 @@
 """Tiny language models, a tokenizer of whole words and data on disk, for the recipes that generate."""
 
-import importlib
 import json
 import random
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 from tokenizers import Tokenizer, models, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, set_seed
-
-from .launching import RECIPES, command
 
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 ROMANCE = ("nul", "un", "deux", "trois", "quatre", "cinq", "six_", "sept", "huit", "neuf")
@@ -78,32 +73,3 @@ def write_lines(path: Path, lines: list[str]) -> Path:
 
 def write_json(path: Path, rows: list[dict[str, Any]]) -> Path:
     return write_lines(path, [json.dumps(row) for row in rows])
-
-
-def recipe(name: str) -> Any:
-    """A recipe as a module, for what needs no process of its own."""
-    if str(RECIPES) not in sys.path:
-        sys.path.insert(0, str(RECIPES))
-    return importlib.import_module(name)
-
-
-def run_here(name: str, **options: Any) -> dict[str, Any]:
-    """Run a recipe in this process, which spares the imports of a launch; its results.json."""
-    words = command(f"{name}.py", **options)
-    with patch.object(sys, "argv", words[words.index(str(RECIPES / f"{name}.py")) :]):
-        recipe(name).main()
-    return json.loads((Path(options["output_dir"]) / "results.json").read_text())
-
-
-def built(name: str, kinds: tuple[str, str, str], **options: Any) -> tuple[Any, Any]:
-    """What `build` of a recipe makes of these options, in this process; `kinds` are its dataclasses of options."""
-    module = recipe(name)
-    given = {"use_cpu": True, "report_to": "none", "disable_tqdm": True, "logging_steps": 1} | options
-    given = {option: str(value) if isinstance(value, Path) else value for option, value in given.items()}
-    filled = []
-    for kind in (getattr(module, kind) for kind in kinds):
-        filled.append(
-            kind(**{option: given.pop(option) for option in list(given) if option in kind.__dataclass_fields__})
-        )
-    assert not given
-    return module.build(*filled)

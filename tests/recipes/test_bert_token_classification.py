@@ -13,12 +13,10 @@ from datasets import Dataset, load_dataset
 from seqeval.metrics import f1_score, precision_score, recall_score
 from transformers import AutoModelForTokenClassification, AutoTokenizer, BertForTokenClassification
 
-from .launching import complaint, kill_after_checkpoint, launch, weights
-from .lm_assets import built, recipe
+from .launching import built, complaint, kill_after_checkpoint, launch, recipe, weights
 from .text_assets import FILLERS, save_tiny_bert
 
 RECIPE = "bert_token_classification.py"
-KINDS = ("TaggingArguments", "StudentArguments", "TaggingTrainingArguments")
 FIRST_NAMES, LAST_NAMES, PLACES = ("ann", "bobby"), ("smith", "nilsson"), ("rome", "paris")
 SUBWORDS = (*FILLERS, "ann", "bob", "##by", "smith", "nils", "##son", "rome", "par", "##is")
 TAGS = ["B-location", "B-person", "I-person", "O"]
@@ -153,7 +151,7 @@ def test_the_first_subword_of_a_word_has_its_tag() -> None:
 
 def test_all_subwords_are_labelled_for_training_alone(data: dict[str, Any], base: Path, tmp_path: Path) -> None:
     settings = data | {"student_model_name_or_path": base, "output_dir": tmp_path, "label_all_subwords": True}
-    trainer, splits = built("bert_token_classification", KINDS, **settings)
+    trainer, splits = built("bert_token_classification", **settings)
     ids = trainer.processing_class.convert_tokens_to_ids(["bob", "##by", "nils", "##son", "rome"])
     labels = {"train": ["B-person", "I-person", "I-person", "I-person", "B-location"]}
     labels["test"] = ["B-person", None, "I-person", None, "B-location"]
@@ -167,10 +165,7 @@ def test_all_subwords_are_labelled_for_training_alone(data: dict[str, Any], base
 
 def test_the_seed_decides_the_weights_of_a_new_head(data: dict[str, Any], base: Path, tmp_path: Path) -> None:
     settings = data | {"student_model_name_or_path": base, "output_dir": tmp_path}
-    heads = [
-        built("bert_token_classification", KINDS, **settings, seed=seed)[0].model.classifier.weight
-        for seed in (3, 3, 4)
-    ]
+    heads = [built("bert_token_classification", **settings, seed=seed)[0].model.classifier.weight for seed in (3, 3, 4)]
     assert heads[0].shape[0] == len(TAGS)
     assert torch.equal(heads[0], heads[1])
     assert not torch.equal(heads[0], heads[2])
@@ -206,7 +201,7 @@ def test_wrong_options_get_one_line(
             options["train_file"] = write_json(tmp_path / "wrong.json", [row] * 20)
         good = {"student_model_name_or_path": base, "output_dir": tmp_path / "student"}
         with pytest.raises(SystemExit, match=message) as stop:
-            built("bert_token_classification", KINDS, **good | options)
+            built("bert_token_classification", **good | options)
         assert "\n" not in str(stop.value)
 
     stops("cannot load the data set 'lhoestq/conll2003'.* --train_file FILE")

@@ -15,9 +15,9 @@ from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel, LlamaForCausalLM
 
-from . import lm_assets
-from .launching import kill_after_checkpoint, launch, weights
-from .lm_assets import LLAMA, WORDS, counting, recipe, run_here, save_tiny, tiny_tokenizer, write_json, write_lines
+from . import launching
+from .launching import kill_after_checkpoint, launch, recipe, run_here, weights
+from .lm_assets import LLAMA, WORDS, counting, save_tiny, tiny_tokenizer, write_json, write_lines
 
 RECIPE = "causal_lm.py"
 BLOCK = 32
@@ -176,8 +176,7 @@ def test_only_the_adapter_is_saved(teacher: Path, adapter: Path) -> None:
 
 
 def built(**options: Any) -> tuple[Any, Any]:
-    kinds = ("LanguageDataArguments", "LanguageStudentArguments", "LanguageTrainingArguments")
-    return lm_assets.built("causal_lm", kinds, **options)
+    return launching.built("causal_lm", **options)
 
 
 def test_another_adapter_teaches_without_a_second_copy(

@@ -13,9 +13,9 @@ from datasets import Dataset, Translation, load_dataset
 from rouge_score.rouge_scorer import RougeScorer
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, T5ForConditionalGeneration
 
-from . import lm_assets
-from .launching import kill_after_checkpoint, launch, weights
-from .lm_assets import EOS, ROMANCE, T5, WORDS, recipe, run_here, save_tiny, tiny_tokenizer, write_json
+from . import launching
+from .launching import kill_after_checkpoint, launch, recipe, run_here, weights
+from .lm_assets import EOS, ROMANCE, T5, WORDS, save_tiny, tiny_tokenizer, write_json
 
 RECIPE = "seq2seq.py"
 TEMPLATE = f"$A {EOS}"
@@ -112,8 +112,7 @@ def test_one_and_two_processes_distil_alike(folder: Path, task: dict[str, Any], 
 
 
 def built(**options: Any) -> tuple[Any, Any]:
-    kinds = ("PairArguments", "StudentArguments", "GenerationTrainingArguments")
-    return lm_assets.built("seq2seq", kinds, **options)
+    return launching.built("seq2seq", **options)
 
 
 def words(trainer: Any, ids: list[int]) -> str:
