@@ -143,9 +143,11 @@ class DistillationTraining(_Trainer):
         self.teacher.prepare(self._student, self.args.device)
         order = None
         if self._known_head.has_named_classes:
-            names = class_names_of(self._student)
-            order = rows.class_order(names, self.teacher.class_names)
-            if names is not None and len(names) == 2 and self.dkd_args.distillation == "dkd":
+            names, names_of_teacher = class_names_of(self._student), self.teacher.class_names
+            order = rows.class_order(names, names_of_teacher)
+            if names and names_of_teacher and len(names) != len(names_of_teacher):
+                raise ValueError(rows.other_classes(self._known_head, len(names), len(names_of_teacher)))
+            if names and len(names) == 2 and self.dkd_args.distillation == "dkd" and self.dkd_args.dkd_beta > 0:
                 self._say(
                     "Two classes: NCKD is 0, since only one class is not the target, and dkd_beta does nothing. DKD is "
                     "then classical distillation weighed by dkd_alpha."
@@ -316,7 +318,7 @@ class DistillationTraining(_Trainer):
         with self.accelerator.autocast(AutocastKwargs(enabled=self._the_teacher.dtype == torch.float32)):
             return self._the_teacher.logits(inputs)
 
-    def _teacher_rows(self, inputs: Mapping[str, Any], logits: Tensor | None = None) -> "TeacherRows":
+    def _teacher_rows(self, inputs: Mapping[str, Any], logits: Tensor | None = None) -> TeacherRows:
         """The teacher's rows at the labels of `inputs`; its logits are computed unless they are given."""
         head = self._known_head
         labels = rows.aligned_labels(head, inputs, self.label_names)
@@ -328,7 +330,7 @@ class DistillationTraining(_Trainer):
         rows.check_labels(labels, taken.shape[1])
         return TeacherRows(taken, labels, positions, visible, self._the_teacher.columns_in(inputs))
 
-    def _side_by_side(self, outputs: Any, teacher: "TeacherRows", moment: str) -> rows.Rows:
+    def _side_by_side(self, outputs: Any, teacher: TeacherRows, moment: str) -> rows.Rows:
         """The student's rows beside the teacher's, over the same classes and checked."""
         head, (teacher_rows, labels, positions, visible, columns) = self._known_head, teacher
         logits = rows.logits_of(outputs, "student", head)

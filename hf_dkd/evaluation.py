@@ -24,6 +24,7 @@ class DistillationEvaluation(DistillationTraining):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._eval_terms = objective.RunningTerms()
+        self._pairs_predictions = False
         super().__init__(*args, **kwargs)
 
     def evaluation_loop(
@@ -41,10 +42,11 @@ class DistillationEvaluation(DistillationTraining):
             # process lets a partial last batch weigh as much as a whole one.
             self.gather_function = self.accelerator.gather_for_metrics
         # `compute_metrics` may evaluate once more, within this loop.
-        outer, self._eval_terms = self._eval_terms, objective.RunningTerms()
-        pairs = self._metrics_want_teacher()
+        outer = self._eval_terms, self._pairs_predictions
+        self._eval_terms = objective.RunningTerms()
+        self._pairs_predictions = self._metrics_want_teacher()
         try:
-            with _teacher_logits_for_metrics(self) if pairs else nullcontext():
+            with _teacher_logits_for_metrics(self) if self._pairs_predictions else nullcontext():
                 output = super().evaluation_loop(
                     dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix=metric_key_prefix
                 )
@@ -54,9 +56,9 @@ class DistillationEvaluation(DistillationTraining):
                 sums = self._eval_terms.drain(self.accelerator, "sum")
                 count = max(sums.pop("count"), 1.0)
                 metrics.update({f"{metric_key_prefix}_{name}": total / count for name, total in sums.items()})
+            return _student_predictions_only(output) if self._pairs_predictions else output
         finally:
-            self._eval_terms = outer
-        return _student_predictions_only(output) if pairs else output
+            self._eval_terms, self._pairs_predictions = outer
 
     def prediction_step(
         self,
@@ -77,7 +79,9 @@ class DistillationEvaluation(DistillationTraining):
                 model, self._student_columns(inputs), prediction_loss_only, ignore_keys=ignore_keys, **kwargs
             )
         with_terms = self.teacher is not None and labelled and self.dkd_args.eval_with_teacher
-        with_logits = self._metrics_want_teacher() and logits is not None
+        # Without labels no metrics are computed, and an encoder-decoder teacher could not run.
+        self._pairs_predictions = self._pairs_predictions and labelled
+        with_logits = self._pairs_predictions and logits is not None
         if with_terms or with_logits:
             teacher_logits = self._teacher_logits(inputs)
             if with_terms:
@@ -105,7 +109,8 @@ class DistillationEvaluation(DistillationTraining):
         )
 
     def _metrics_want_teacher(self) -> bool:
-        return self.teacher is not None and "teacher_logits" in self.args.include_for_metrics
+        wanted = "teacher_logits" in self.args.include_for_metrics and self.compute_metrics is not None
+        return self.teacher is not None and wanted
 
     @contextmanager
     def _in_evaluation(self) -> Iterator[None]:
@@ -153,8 +158,10 @@ def _teacher_logits_for_metrics(trainer: Any) -> Iterator[None]:
     """
     compute_metrics, preprocess = trainer.compute_metrics, trainer.preprocess_logits_for_metrics
 
-    def preprocess_student(logits: tuple[Any, Tensor], labels: Any) -> tuple[Any, Tensor]:
-        return (logits[0] if preprocess is None else preprocess(logits[0], labels)), logits[1]
+    def preprocess_student(logits: Any, labels: Any) -> Any:
+        student, *teacher = logits if trainer._pairs_predictions else (logits,)
+        student = student if preprocess is None else preprocess(student, labels)
+        return (student, *teacher) if teacher else student
 
     def compute_with_teacher(prediction: EvalPrediction, **kwargs: Any) -> dict[str, Any]:
         student, teacher = _split_predictions(prediction.predictions)

@@ -142,10 +142,10 @@ def logits_of(outputs: Any, whose: str, head: Head | None = None) -> Tensor:
 
 
 def labelled_positions(head: Head, labels: Tensor) -> Tensor | None:
-    """The indices of the labelled rows among all rows of a batch, (R,); None for heads with few rows an example.
+    """The indices of the labelled rows among all rows of a batch, (R,); None for heads with one or two rows an example.
 
-    Telling them reads the device once. Where most rows have a label, all are taken instead, and those without one are
-    masked later: nothing is read.
+    Finding them reads the device once, which pays for tokens, most of which may have no label. The other heads take all
+    rows, and mask those without a label: nothing is read.
     """
     if head in (Head.CLASSIFICATION, Head.MULTIPLE_CHOICE, Head.QUESTION_ANSWERING):
         return None
@@ -205,20 +205,22 @@ def aligned_rows(head: Head, student: Tensor, teacher: Tensor, labels: Tensor, o
         shared = min(student_classes, teacher_classes)
         student, teacher = student[:, :shared], teacher[:, :shared]
     if student.shape[1] != teacher.shape[1]:
-        raise ValueError(
-            f"The student has {student_classes} classes and the teacher {teacher_classes}. They must have the same"
-            + (
-                ", but for padding rows at the end of a shared vocabulary: use models with the same tokenizer."
-                if head.has_vocabulary
-                else " classes: train the teacher on the student's labels."
-            )
-        )
+        raise ValueError(other_classes(head, student_classes, teacher_classes))
     if student.shape[1] < 2:
         raise ValueError(
             "The student's head has one output, as for regression. Distillation needs at least two classes."
         )
     check_labels(labels, student.shape[1])
     return Rows(student, teacher, labels.long())
+
+
+def other_classes(head: Head, student_classes: int, teacher_classes: int) -> str:
+    """The message for models of different numbers of classes."""
+    return f"The student has {student_classes} classes and the teacher {teacher_classes}. They must have the same" + (
+        ", but for padding rows at the end of a shared vocabulary: use models with the same tokenizer."
+        if head.has_vocabulary
+        else " classes: train the teacher on the student's labels."
+    )
 
 
 def in_order(logits: Tensor, order: Tensor | None) -> Tensor:

@@ -3,6 +3,7 @@
 import copy
 import re
 from collections.abc import Sequence
+from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -29,9 +30,7 @@ def keep_layers(model: PreTrainedModel, layers: Sequence[int]) -> PreTrainedMode
         )
     if not layers or not all(0 <= layer < count for layer in layers):
         raise ValueError(f"layers are {list(layers)}; expected numbers from 0 to {count - 1}.")
-    config = type(model.config).from_dict(model.config.to_dict() | {"num_hidden_layers": len(layers)})
-    if getattr(config, "layer_types", None):
-        config.layer_types = [model.config.layer_types[layer] for layer in layers]
+    config = type(model.config).from_dict(_settings_of(model.config.to_dict(), layers))
     config._attn_implementation = model.config._attn_implementation
     student = type(model)(config)
     if model.can_generate():
@@ -43,3 +42,13 @@ def keep_layers(model: PreTrainedModel, layers: Sequence[int]) -> PreTrainedMode
         student.get_parameter_or_buffer(name).data.copy_(weights[source])
     student.to(dtype=model.dtype)  # type: ignore[call-arg]
     return student.train(model.training)
+
+
+def _settings_of(settings: dict[str, Any], layers: Sequence[int]) -> dict[str, Any]:
+    """The settings of a model that has these layers alone, from those of the whole one."""
+    for name in ("layer_types", "no_rope_layers"):
+        if settings.get(name):
+            settings[name] = [settings[name][layer] for layer in layers]
+    # What follows from the number of layers is derived again.
+    derived = ("out_features", "out_indices", "stage_names")
+    return {name: value for name, value in settings.items() if name not in derived} | {"num_hidden_layers": len(layers)}

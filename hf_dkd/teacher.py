@@ -95,10 +95,12 @@ class Teacher:
             )
         init_kwargs = {"use_safetensors": True, **init_kwargs, "output_loading_info": True}
         model, info = getattr(transformers, auto_name).from_pretrained(name_or_path, revision=revision, **init_kwargs)
-        if info["missing_keys"]:
+        random = sorted({*info["missing_keys"], *(key[0] for key in info.get("mismatched_keys", ()))})
+        if random:
             raise ValueError(
-                f"The teacher {str(name_or_path)!r} lacks weights: {', '.join(sorted(info['missing_keys'])[:5])}. They "
-                "would be random, so that the student would learn from noise: fine-tune the teacher first."
+                f"The teacher {str(name_or_path)!r} lacks weights: {', '.join(random[:5])}. They would be random, so "
+                "that the student would learn from noise: fine-tune the teacher first. Where they do not matter, load "
+                "the model yourself and pass it, DKDTrainer(..., teacher=model)."
             )
         teacher = cls(model)
         teacher._source_name = os.fspath(name_or_path)

@@ -27,25 +27,23 @@ class TeacherCheck:
         self._first_fault: Tensor | None = None
         self._on_host: Tensor | None = None
         self._arrived: Any = None
-        # Two messages for each update, one for the teacher's fault and one for the student's.
-        self._messages: list[str] = []
+        self._updates: list[tuple[str, Sequence[str]]] = []
 
     def update(self, of_teacher: Tensor, of_student: Tensor, moment: str, columns: Sequence[str]) -> None:
         """Note whether any row is at fault, (R,) booleans each, at a `moment` such as "At step 3"."""
-        read = ", ".join(columns)
-        messages = [f"{moment} {message.format(columns=read)}" for message in (_BY_TEACHER, _BY_STUDENT)]
         if of_teacher.device.type == "cpu":
-            for fault, message in zip((of_teacher, of_student), messages, strict=True):
+            for fault, message in ((of_teacher, _BY_TEACHER), (of_student, _BY_STUDENT)):
                 if fault.any():
-                    raise ValueError(message)
+                    raise ValueError(f"{moment} {message.format(columns=', '.join(columns))}")
             return
         self.raise_if_bad(wait=False)
         if self._first_fault is None:
             self._first_fault = torch.full((), -1, device=of_teacher.device)
             self._on_host = torch.full((), -1, pin_memory=of_teacher.device.type == "cuda")
-        index = len(self._messages)
-        self._messages += messages
-        fault = torch.where(of_teacher.any(), index, torch.where(of_student.any(), index + 1, -1))
+        # One number tells the update and whose fault it was.
+        code = 2 * len(self._updates)
+        self._updates.append((moment, columns))
+        fault = torch.where(of_teacher.any(), code, torch.where(of_student.any(), code + 1, -1))
         self._first_fault = torch.where(self._first_fault < 0, fault, self._first_fault)
         if self._arrived is None and self._on_host is not None:
             self._on_host.copy_(self._first_fault, non_blocking=True)
@@ -62,7 +60,10 @@ class TeacherCheck:
             self._arrived, first = None, int(self._on_host.item())
         else:
             return
+        updates = self._updates
+        if wait or first >= 0:
+            self._updates, self._first_fault, self._on_host, self._arrived = [], None, None, None
         if first >= 0:
-            raise ValueError(self._messages[first])
-        if wait:
-            self._messages.clear()
+            moment, columns = updates[first // 2]
+            message = _BY_STUDENT if first % 2 else _BY_TEACHER
+            raise ValueError(f"{moment} {message.format(columns=', '.join(columns))}")

@@ -78,19 +78,21 @@ class DKDMixin(DistillationEvaluation):
         self._reload(self.state.best_model_checkpoint, self.model)
 
     def _reload(self, checkpoint: str | None, model: Any) -> None:
-        # Trainer reads by the names of parameters, but save_pretrained writes older names for ViT, DeiT, BEiT and
-        # Mixtral, which only from_pretrained maps back: https://github.com/huggingface/transformers/issues/48805
+        # Trainer reads by the names of parameters, but save_pretrained writes older names for ViT, DeiT, BEiT,
+        # Swin and Mixtral, which only from_pretrained maps back: https://github.com/huggingface/transformers/issues/48805
         sharded = (
             self.is_fsdp_enabled
             or self.is_deepspeed_enabled
             or getattr(model, "is_distributed_loading_by_transformers", False)
         )
         adapted = hasattr(model, "peft_config") or getattr(model, "hf_quantizer", None) is not None
-        if not checkpoint or not isinstance(model, PreTrainedModel) or sharded or adapted:
+        # A missing folder is Trainer's to warn of.
+        found = checkpoint is not None and Path(checkpoint).is_dir()
+        if not found or not isinstance(model, PreTrainedModel) or sharded or adapted:
             return
-        missed = _names_not_in(checkpoint, model)
+        missed = _names_not_in(str(checkpoint), model)
         if missed:
-            saved = type(model).from_pretrained(checkpoint, config=model.config, dtype=model.dtype).state_dict()
+            saved = type(model).from_pretrained(str(checkpoint), config=model.config, dtype=model.dtype).state_dict()
             model.load_state_dict({name: saved[name] for name in missed}, strict=False)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers as tf
 from torch import Tensor, nn
 
 from hf_dkd.rows import logits_of
@@ -95,3 +96,44 @@ def test_two_stacks_are_refused() -> None:
     model = ARCHITECTURES["bart"].model(encoder_layers=2, decoder_layers=2)
     with pytest.raises(ValueError, match=r"BartForConditionalGeneration has 2 stacks of 2 layers; .* exactly one"):
         keep_layers(model, [0])
+
+
+SMALL = {
+    "vocab_size": 64,
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 2,
+    "pad_token_id": 0,
+}
+
+
+@pytest.mark.parametrize(
+    ("model_class", "config", "setting", "kept"),
+    [
+        (tf.Qwen2ForCausalLM, {"num_key_value_heads": 1}, "layer_types", ["full_attention"] * 2),
+        (
+            tf.ModernBertForMaskedLM,
+            {"bos_token_id": 1, "eos_token_id": 2, "cls_token_id": 1, "sep_token_id": 2},
+            "layer_types",
+            ["full_attention", "sliding_attention"],
+        ),
+        (tf.SmolLM3ForCausalLM, {"num_key_value_heads": 1, "no_rope_layers": [1, 0, 0, 1]}, "no_rope_layers", [1, 0]),
+    ],
+)
+def test_settings_of_each_layer_go_with_it(model_class: Any, config: dict, setting: str, kept: list) -> None:
+    torch.manual_seed(0)
+    model = model_class(model_class.config_class(**SMALL | config)).eval()
+    student = keep_layers(model, [0, 2])
+    assert getattr(student.config, setting) == kept
+    ids = torch.arange(8).reshape(1, 8) + 3
+    with torch.no_grad():
+        assert student(ids).logits.shape == (1, 8, 64)
+        torch.testing.assert_close(keep_layers(model, [0, 1, 2, 3])(ids).logits, model(ids).logits, rtol=0, atol=0)
+
+
+def test_names_that_follow_from_the_number_of_layers_are_made_anew(tmp_path: Path) -> None:
+    vision = {"image_size": 16, "patch_size": 8, "hidden_size": 16, "intermediate_size": 32}
+    config = tf.BeitConfig(**vision, num_hidden_layers=4, num_attention_heads=2)
+    keep_layers(tf.BeitForImageClassification(config), [0, 3]).save_pretrained(tmp_path)
+    assert tf.BeitForImageClassification.from_pretrained(tmp_path).config.num_hidden_layers == 2

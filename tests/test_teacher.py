@@ -255,6 +255,13 @@ def test_a_checkpoint_without_a_trained_head_is_refused_by_the_names_of_what_it_
         Teacher.from_pretrained(tmp_path, model)
 
 
+def test_a_head_of_another_size_is_refused_however_it_is_asked_for(tmp_path: Path) -> None:
+    ARCHITECTURES["vit"].model().save_pretrained(tmp_path)
+    keywords = {"num_labels": 7, "ignore_mismatched_sizes": True}
+    with pytest.raises(ValueError, match=r"lacks weights: classifier\.bias, classifier\.weight\. They would be random"):
+        Teacher.from_pretrained(str(tmp_path), ARCHITECTURES["vit"].model(), **keywords)
+
+
 def test_pickled_weights_are_refused(tmp_path: Path) -> None:
     model = ARCHITECTURES["bert"].model()
     model.config.save_pretrained(tmp_path)

@@ -95,6 +95,15 @@ def test_on_an_accelerator_the_message_is_that_of_the_first_fault(accelerator: t
         check.raise_if_bad(wait=True)
 
 
+def test_on_an_accelerator_a_fault_is_told_once(accelerator: type[Event]) -> None:
+    check = TeacherCheck()
+    check.update(on_accelerator(BAD), on_accelerator(GOOD), "At step 1", COLUMNS)
+    with pytest.raises(ValueError, match="At step 1 "):
+        check.raise_if_bad(wait=True)
+    check.update(on_accelerator(GOOD), on_accelerator(GOOD), "At step 2", COLUMNS)
+    check.raise_if_bad(wait=True)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_on_a_gpu_it_raises_no_later_than_it_is_waited_for() -> None:
     check = TeacherCheck()

@@ -61,7 +61,10 @@ def test_class_names_read_from_json_are_those_with_numbers_as_keys(tmp_path, cap
     assert said(caplog) == []
 
 
-@pytest.mark.parametrize(("classes", "settings", "warnings"), [(2, {}, 1), (2, {"distillation": "kd"}, 0), (3, {}, 0)])
+@pytest.mark.parametrize(
+    ("classes", "settings", "warnings"),
+    [(2, {}, 1), (2, {"distillation": "kd"}, 0), (2, {"dkd_beta": 0.0}, 0), (3, {}, 0)],
+)
 def test_two_classes_are_told_once_that_nckd_is_zero(tmp_path, caplog, classes, settings, warnings):
     student, teacher = (tiny(BertForSequenceClassification, seed, num_labels=classes) for seed in (0, 1))
     with caplog.at_level(logging.WARNING, logger="hf_dkd"):
@@ -222,3 +225,10 @@ def test_the_positions_of_labels_are_searched_once_a_micro_batch(tmp_path, model
     with Searches() as mode:
         trainer.train()
     assert mode.count == 2 * searches
+
+
+@pytest.mark.parametrize("classes", [3, 5])
+def test_a_teacher_of_another_number_of_classes_is_refused_at_construction(tmp_path, classes):
+    student, teacher = tiny(ViTForImageClassification, 0), tiny(ViTForImageClassification, 1, num_labels=classes)
+    with pytest.raises(ValueError, match=f"The student has 4 classes and the teacher {classes}"):
+        DKDTrainer(student, arguments(tmp_path), teacher=teacher)

@@ -5,12 +5,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import EvalPrediction, Trainer, ViTForImageClassification
+from transformers import EvalPrediction, T5ForConditionalGeneration, Trainer, ViTForImageClassification
 
-from hf_dkd import DKDTrainer
+from hf_dkd import DKDSeq2SeqTrainer, DKDSeq2SeqTrainingArguments, DKDTrainer
 
 from .models import ARCHITECTURES
-from .trainer_helpers import arguments, expected_logs, images, in_rows, labelled_logits, tiny, vits
+from .trainer_helpers import arguments, expected_logs, forwards, images, in_rows, labelled_logits, tiny, vits
 
 TERMS = ("eval_tckd", "eval_nckd", "eval_teacher_agreement", "eval_teacher_accuracy")
 
@@ -142,3 +142,31 @@ def test_a_setting_out_of_range_is_refused_before_evaluating(tmp_path, name):
     setattr(trainer.args, name, value)
     with pytest.raises(ValueError, match=rf"{name} is {float(value)}; expected"):
         trainer.evaluate(images(4))
+
+
+def test_the_teacher_does_not_run_where_no_metric_reads_its_logits(tmp_path):
+    unlabelled = [{"pixel_values": example["pixel_values"]} for example in images(6)]
+    student, teacher = vits()
+    seen = []
+    args = arguments(tmp_path, include_for_metrics=["teacher_logits"])
+    trainer = DKDTrainer(student, args, teacher=teacher, compute_metrics=lambda p: seen.append(p.teacher_logits) or {})
+    calls = forwards(teacher)
+    assert trainer.predict(unlabelled).predictions.shape == (6, 4)
+    assert calls == seen == []
+    trainer.predict(images(6))
+    assert len(seen) == 1
+    trainer.compute_metrics = None
+    del calls[:]
+    assert trainer.predict(images(6)).predictions.shape == (6, 4)
+    assert calls == []
+
+
+def test_texts_without_labels_are_generated_whatever_the_metrics_want(tmp_path):
+    sources = [{"input_ids": torch.arange(2, 8) + row, "attention_mask": torch.ones(6).long()} for row in range(4)]
+    args = arguments(
+        tmp_path, DKDSeq2SeqTrainingArguments, predict_with_generate=True, generation_max_length=5,
+        include_for_metrics=["teacher_logits"],
+    )  # fmt: skip
+    models = [tiny(T5ForConditionalGeneration, seed) for seed in (0, 1)]
+    trainer = DKDSeq2SeqTrainer(models[0], args, teacher=models[1], compute_metrics=lambda prediction: {})
+    assert trainer.predict(sources).predictions.shape[0] == 4

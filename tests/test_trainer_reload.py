@@ -111,3 +111,11 @@ def test_tied_weights_need_no_second_model_and_stay_tied(tmp_path, monkeypatch):
     monkeypatch.setattr(GPT2LMHeadModel, "from_pretrained", None)
     trainer, _ = run(tmp_path, make, examples, 5, max_steps=2, resume_from_checkpoint=checkpoint)
     assert trainer.model.lm_head.weight is trainer.model.transformer.wte.weight
+
+
+def test_a_best_checkpoint_that_is_gone_is_trainers_to_warn_of(tmp_path):
+    trainer = DKDTrainer(tiny(ViTForImageClassification), arguments(tmp_path))
+    trainer.state.best_model_checkpoint = str(tmp_path / "gone")
+    before = weights_of(trainer.model)
+    trainer._load_best_model()
+    assert torch.equal(weights_of(trainer.model), before)
