@@ -119,6 +119,7 @@ def with_adapter(model: Any, student: LanguageStudentArguments, teacher: str | N
         model = get_peft_model(model, config)
         if teacher not in (None, "base"):
             model.load_adapter(teacher, "teacher", is_trainable=False, torch_device="cpu")
+            model.set_adapter("default")  # which loading froze, in peft 0.19
     except (OSError, ValueError, RuntimeError) as error:
         fail(f"--lora_target_modules {targets} --teacher_adapter {teacher}: {' '.join(str(error).split())}")
     # The teacher's adapter is not saved with the student's.

@@ -222,3 +222,4 @@ def run(
         (folder / "results.json").write_text(json.dumps(results, indent=2, default=str), encoding="utf-8")
         print(f"Wrote the model, results.json and predictions.parquet to {folder}.")
     (trainer.push_to_hub if args.push_to_hub else trainer.create_model_card)(**card)
+    trainer.accelerator.end_training()

@@ -3,6 +3,7 @@
 A script for `accelerate launch`, and the functions that its test runs in its own process.
 """
 
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -146,7 +147,10 @@ def main() -> None:
     results["generation"] = generation(str(output))
     if all(result["world_size"] == 2 for result in results.values()) and int(torch.distributed.get_rank()) == 0:
         torch.save(results, output / "results.pt")
-    torch.distributed.destroy_process_group()
+    torch.distributed.barrier()
+    # As the interpreter ends, a thread of Gloo may abort it: https://github.com/pytorch/pytorch/pull/179291
+    sys.stdout.flush()
+    os._exit(0)
 
 
 if __name__ == "__main__":

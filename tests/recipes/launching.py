@@ -40,7 +40,9 @@ def launch(recipe: str, processes: int = 1, **options: Any) -> dict[str, Any]:
     done = subprocess.run(
         command(recipe, processes, **options), env=environment(), capture_output=True, text=True, check=False
     )
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
+    # When all is done and written, Gloo may abort the interpreter: https://github.com/pytorch/pytorch/pull/179291
+    aborted = processes > 1 and "terminate called without an active exception" in done.stderr
+    assert done.returncode == 0 or aborted, done.stdout[-2000:] + done.stderr[-6000:]
     results = json.loads((Path(options["output_dir"]) / "results.json").read_text())
     assert results["processes"] == processes
     return results
