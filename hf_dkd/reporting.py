@@ -95,6 +95,7 @@ def plot_comparison(table: Mapping[str, Mapping[str, Any]], metric: str, path: s
         left.plot(list(table), values, color="0.8", marker="o", linewidth=1)
     left.plot(list(table), [row["mean"] for row in table.values()], "C1_", markersize=30, markeredgewidth=3)
     left.set(ylabel=metric, title="each seed (joined), and the mean")
+    left.margins(x=0.15)
     left.grid(axis="y", alpha=0.3)
     last, gaps = list(table)[-1], list(table.values())[-1]["difference_to"]
     for place, gap in enumerate(gaps.values()):

@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from matplotlib import colormaps
 from matplotlib.figure import Figure
 from options import fail, option, parse
 from sklearn.manifold import TSNE
@@ -114,7 +115,7 @@ def tsne(students: dict[str, Look], teacher: Look, labels: np.ndarray, names: li
         places = TSNE(perplexity=min(30, (len(features) - 1) / 3), random_state=0).fit_transform(features)
         for index, label in enumerate(shown):
             points = places[labels[rows] == label]
-            axes.scatter(*points.T, s=8, color=f"C{index}", alpha=0.4 + 0.6 * (index < 10), label=names[label])
+            axes.scatter(*points.T, s=8, color=colormaps["tab20"](index % 20), label=names[label])
         axes.set(title=name, xticks=[], yticks=[])
     figure.legend(*axes.get_legend_handles_labels(), loc="outside right center", fontsize=7, markerscale=2)
     return figure
