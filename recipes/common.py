@@ -220,6 +220,7 @@ def run(
             "versions": {one.name: one.version for one in distributions() if one.name in PACKAGES},
         }
         (folder / "results.json").write_text(json.dumps(results, indent=2, default=str), encoding="utf-8")
-        print(f"Wrote the model, results.json and predictions.parquet to {folder}.")
     (trainer.push_to_hub if args.push_to_hub else trainer.create_model_card)(**card)
     trainer.accelerator.end_training()
+    if trainer.is_world_process_zero():
+        print(f"Wrote the model, results.json and predictions.parquet to {args.output_dir}.", flush=True)

@@ -40,8 +40,11 @@ def launch(recipe: str, processes: int = 1, **options: Any) -> dict[str, Any]:
     done = subprocess.run(
         command(recipe, processes, **options), env=environment(), capture_output=True, text=True, check=False
     )
-    # When all is done and written, Gloo may abort the interpreter: https://github.com/pytorch/pytorch/pull/179291
+    # Of two processes one was seen to abort as its interpreter ended, like https://github.com/pytorch/pytorch/pull/179291
+    # tells of: only after the recipe's last line is that let pass.
     aborted = processes > 1 and "terminate called without an active exception" in done.stderr
+    finished = f"Wrote the model, results.json and predictions.parquet to {options['output_dir']}." in done.stdout
+    assert finished, done.stdout[-2000:] + done.stderr[-6000:]
     assert done.returncode == 0 or aborted, done.stdout[-2000:] + done.stderr[-6000:]
     results = json.loads((Path(options["output_dir"]) / "results.json").read_text())
     assert results["processes"] == processes
