@@ -73,6 +73,17 @@ def step(name: str, batch_size: int, accumulation: int, output_dir: str) -> dict
     }
 
 
+def step_without_teacher(name: str, batch_size: int, accumulation: int, output_dir: str) -> dict[str, Any]:
+    """Gradients of the one optimizer step over the eight examples on the hard labels alone."""
+    args = DKDTrainingArguments(
+        output_dir, max_steps=1, per_device_train_batch_size=batch_size, gradient_accumulation_steps=accumulation,
+        train_sampling_strategy="sequential", learning_rate=0.0, max_grad_norm=0.0, **QUIET,
+    )  # fmt: skip
+    keep = KeepGradients()
+    DKDTrainer(models(name)[0], args, train_dataset=examples(name), callbacks=[keep]).train()
+    return {"world_size": args.world_size, "gradients": keep.gradients}
+
+
 def several_steps(name: str, batch_size: int, output_dir: str) -> dict[str, Any]:
     """Three epochs of two steps, the second over what is left of the accumulation, and two log entries."""
     args = DKDTrainingArguments(
@@ -117,8 +128,8 @@ def _without_timing(metrics: dict[str, float]) -> dict[str, float]:
     return {key: value for key, value in metrics.items() if not key.endswith(("_time", "_runtime", "_per_second"))}
 
 
-def expected(name: str) -> dict[str, Tensor]:
-    """The gradient by autograd of the oracle over all eight examples at once."""
+def expected(name: str, distils: bool = True) -> dict[str, Tensor]:
+    """The gradient by autograd of the oracle over all eight examples at once; of the hard labels alone if asked."""
     student, teacher = models(name)
     student.train()
     teacher.eval()
@@ -134,7 +145,8 @@ def expected(name: str) -> dict[str, Tensor]:
         student_rows.double(), teacher_rows.double(), labels,
         SETTINGS["dkd_alpha"], SETTINGS["dkd_beta"], SETTINGS["dkd_temperature"],
     )  # fmt: skip
-    (SETTINGS["ce_weight"] * cross_entropy(student_rows.double(), labels) + dkd.mean()).backward()
+    hard = cross_entropy(student_rows.double(), labels)
+    (SETTINGS["ce_weight"] * hard + dkd.mean() if distils else hard).backward()
     return {name: p.grad for name, p in student.named_parameters() if p.grad is not None}
 
 
@@ -142,6 +154,11 @@ def main() -> None:
     output = Path(sys.argv[1])
     results: dict[Any, Any] = {
         ("step", name, *split): step(name, *split, str(output)) for name in NAMES for split in ((4, 1), (2, 2))
+    }
+    results |= {
+        ("without teacher", name, *split): step_without_teacher(name, *split, str(output))
+        for name in NAMES
+        for split in ((4, 1), (2, 2))
     }
     results |= {("several steps", name): several_steps(name, 1, str(output)) for name in NAMES_OF_SEVERAL_STEPS}
     results["generation"] = generation(str(output))

@@ -72,6 +72,13 @@ def test_two_processes_give_the_same_step(
     assert_same_step(two_processes["step", name, *split], whole)
 
 
+@pytest.mark.parametrize("split", [(4, 1), (2, 2)], ids=["2 × 4", "2 × 2 × 2"])
+def test_two_processes_without_a_teacher_give_the_gradient_of_all_labels(
+    name: str, split: tuple[int, int], two_processes: dict[Any, Any]
+) -> None:
+    assert_same_gradients(two_processes["without teacher", name, *split]["gradients"], expected(name, distils=False))
+
+
 @pytest.mark.parametrize("name", NAMES_OF_SEVERAL_STEPS)
 def test_two_processes_train_and_log_as_one(name: str, two_processes: dict[Any, Any], tmp_path: Path) -> None:
     one, two = several_steps(name, 2, str(tmp_path)), two_processes["several steps", name]
