@@ -15,25 +15,10 @@ Without a teacher it fine-tunes, which is how to make one. The teacher may have 
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-from common import (
-    DataArguments,
-    StudentArguments,
-    column,
-    load_splits,
-    load_student,
-    load_tokenizer,
-    loading,
-    run,
-    with_class_labels,
-)
+import common
 from datasets import DatasetDict
 from options import option, parse
-from transformers import (
-    AutoModelForSequenceClassification,
-    DataCollatorWithPadding,
-    set_seed,
-)
+from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding, set_seed
 
 from hf_dkd import DataCollatorWithTeacherInputs, DKDTrainer, DKDTrainingArguments
 from hf_dkd.metrics import classification_metrics
@@ -53,7 +38,7 @@ GLUE = {
 
 
 @dataclass
-class TextArguments(DataArguments):
+class TextArguments(common.DataArguments):
     task_name: str | None = option(None, f"A GLUE task: {', '.join(GLUE)}.", choices=list(GLUE))
     text_column_name: str | None = option(None, "Column of texts.")
     text_pair_column_name: str | None = option(None, "Column of second texts, if any.")
@@ -74,7 +59,7 @@ class TextTrainingArguments(DKDTrainingArguments):
     save_total_limit: int = 1
 
 
-ARGUMENTS = (TextArguments, StudentArguments, TextTrainingArguments)
+ARGUMENTS = (TextArguments, common.StudentArguments, TextTrainingArguments)
 
 
 def load_texts(data: TextArguments) -> tuple[DatasetDict, list[str]]:
@@ -82,17 +67,25 @@ def load_texts(data: TextArguments) -> tuple[DatasetDict, list[str]]:
     if data.task_name is not None:
         data.dataset_name, data.dataset_config_name = data.dataset_name or "nyu-mll/glue", data.task_name
         data.text_column_name, data.text_pair_column_name = GLUE[data.task_name]
-    splits = load_splits(data)
-    label = column(splits, data.label_column_name, ("label", "labels", "fine_label", "intent"), "label_column_name")
-    splits, names = with_class_labels(splits, label)
+    splits = common.load_splits(data)
+    label = common.column(
+        splits, data.label_column_name, ("label", "labels", "fine_label", "intent"), "label_column_name"
+    )
+    splits, names = common.with_class_labels(splits, label)
     columns = {label: "labels"}
-    columns[column(splits, data.text_column_name, ("text", "sentence", "sentence1"), "text_column_name")] = "text"
+    columns[common.column(splits, data.text_column_name, ("text", "sentence", "sentence1"), "text_column_name")] = (
+        "text"
+    )
     if data.text_pair_column_name is not None or "sentence2" in splits["train"].column_names:
-        columns[column(splits, data.text_pair_column_name, ("sentence2",), "text_pair_column_name")] = "text_pair"
+        columns[common.column(splits, data.text_pair_column_name, ("sentence2",), "text_pair_column_name")] = (
+            "text_pair"
+        )
     return splits.select_columns(list(columns)).rename_columns(columns), names
 
 
-def build(data: TextArguments, student: StudentArguments, args: TextTrainingArguments) -> tuple[Any, DatasetDict]:
+def build(
+    data: TextArguments, student: common.StudentArguments, args: TextTrainingArguments
+) -> tuple[Any, DatasetDict]:
     set_seed(args.seed)
     if not (data.dataset_name or data.train_file or data.task_name):
         data.dataset_name = DATA
@@ -100,11 +93,11 @@ def build(data: TextArguments, student: StudentArguments, args: TextTrainingArgu
             student.student_model_name_or_path, args.teacher_model_name_or_path = STUDENT, TEACHER
     splits, names = load_texts(data)
     teacher = args.teacher_model_name_or_path
-    tokenizer = load_tokenizer(student.student_model_name_or_path or teacher, "student")
+    tokenizer = common.load_tokenizer(student.student_model_name_or_path or teacher, "student")
     collator: Any = DataCollatorWithPadding(tokenizer, pad_to_multiple_of=8)
     tokenizers = {"": tokenizer}
     if teacher is not None:
-        teacher_tokenizer = load_tokenizer(teacher, "teacher")
+        teacher_tokenizer = common.load_tokenizer(teacher, "teacher")
         if teacher_tokenizer.get_vocab() != tokenizer.get_vocab():
             tokenizers["teacher_"] = teacher_tokenizer
             teacher_collator = DataCollatorWithPadding(teacher_tokenizer, pad_to_multiple_of=8)
@@ -121,15 +114,8 @@ def build(data: TextArguments, student: StudentArguments, args: TextTrainingArgu
 
     with args.main_process_first(desc="tokenizing"):
         splits = splits.map(tokenize, batched=True, remove_columns=splits["train"].column_names, desc="Tokenizing")
-    model = load_student(
-        AutoModelForSequenceClassification,
-        student,
-        teacher,
-        num_labels=len(names),
-        id2label=dict(enumerate(names)),
-        label2id={name: index for index, name in enumerate(names)},
-    )
-    with loading("teacher", teacher):
+    model = common.load_student(AutoModelForSequenceClassification, student, teacher, names)
+    with common.loading("teacher", teacher):
         trainer = DKDTrainer(
             model=model,
             args=args,
@@ -145,16 +131,11 @@ def build(data: TextArguments, student: StudentArguments, args: TextTrainingArgu
 def main() -> None:
     data, student, args, settings = parse(*ARGUMENTS)
     trainer, splits = build(data, student, args)
-    run(
+    common.run(
         trainer,
         splits,
         settings,
-        primary="accuracy",
-        table=lambda output: {
-            "label": output.label_ids,
-            "prediction": np.argmax(output.predictions, axis=-1),
-            "logits": output.predictions,
-        },
+        primary="matthews_correlation" if data.task_name == "cola" else "accuracy",  # as GLUE counts
         tasks="text-classification",
         dataset=data.dataset_name or data.train_file,
     )

@@ -20,7 +20,7 @@ from options import fail, option, parse
 from transformers import AutoModelForTokenClassification, DataCollatorForTokenClassification, set_seed
 
 from hf_dkd import DKDTrainer, DKDTrainingArguments
-from hf_dkd.metrics import Accuracy, EntityF1, TeacherAgreement, TeacherKL
+from hf_dkd.metrics import tag_lists, tagging_metrics
 
 STUDENT = "distilbert/distilbert-base-cased"
 CONLL, CONLL_TAGS = "lhoestq/conll2003", "O,B-PER,I-PER,B-ORG,I-ORG,B-LOC,I-LOC,B-MISC,I-MISC"
@@ -105,23 +105,6 @@ def subword_labels(words: list[int | None], tags: list[int], later: list[int]) -
     return [IGNORED if word is None else later[tags[word]] if word == before else tags[word] for word, before in pairs]
 
 
-def tag_lists(names: list[str], classes: Any, labels: Any) -> list[list[str]]:
-    """The names of `classes` (N, L) where `labels` (N, L) hold a tag: a list for each of the N texts."""
-    return [[names[index] for index in row[kept]] for row, kept in zip(classes, labels != IGNORED, strict=True)]
-
-
-def tagging_metrics(names: list[str], prediction: Any) -> dict[str, float]:
-    logits, labels = prediction.predictions, prediction.label_ids
-    classes, kept = logits.argmax(-1), labels != IGNORED
-    lists = {"predictions": tag_lists(names, classes, labels), "references": tag_lists(names, labels, labels)}
-    metrics = EntityF1().compute(**lists)
-    metrics |= Accuracy().compute(predictions=classes[kept], references=labels[kept])
-    if hasattr(prediction, "teacher_logits"):
-        for metric in (TeacherAgreement(), TeacherKL()):
-            metrics |= metric.compute(predictions=logits[kept], references=prediction.teacher_logits[kept])
-    return metrics
-
-
 def build(data: TaggingArguments, student: StudentArguments, args: TaggingTrainingArguments) -> tuple[Any, DatasetDict]:
     set_seed(args.seed)
     splits, names = load_tagged_texts(data)
@@ -147,14 +130,7 @@ def build(data: TaggingArguments, student: StudentArguments, args: TaggingTraini
             splits[name] = split.map(
                 partial(tokenize, later=later), batched=True, remove_columns=["tokens", "tags"], desc="Tokenizing"
             )
-    model = load_student(
-        AutoModelForTokenClassification,
-        student,
-        teacher,
-        num_labels=len(names),
-        id2label=dict(enumerate(names)),
-        label2id={name: index for index, name in enumerate(names)},
-    )
+    model = load_student(AutoModelForTokenClassification, student, teacher, names)
     with loading("teacher", teacher):
         trainer = DKDTrainer(
             model=model,

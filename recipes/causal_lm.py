@@ -15,18 +15,14 @@ from itertools import chain
 from typing import Any
 
 import numpy as np
-import torch
 from common import DataArguments, StudentArguments, column, load_splits, load_student, load_tokenizer, loading, run
 from datasets import DatasetDict
 from options import fail, option, parse
 from peft import LoraConfig, get_peft_model
-from torch import Tensor
-from torch.nn.functional import cross_entropy, pad
-from transformers import AutoModelForCausalLM, DataCollatorForSeq2Seq, EvalPrediction, set_seed
+from transformers import AutoModelForCausalLM, DataCollatorForSeq2Seq, set_seed
 
 from hf_dkd import DKDTrainer, DKDTrainingArguments, Teacher
-
-SCORES = ("negative_log_likelihood", "tokens", "hits")
+from hf_dkd.metrics import TOKEN_SCORES, language_metrics, token_scores
 
 
 @dataclass
@@ -127,21 +123,6 @@ def with_adapter(model: Any, student: LanguageStudentArguments, teacher: str | N
     return model
 
 
-def token_scores(logits: Any, labels: Tensor) -> Tensor:
-    """Logits (B, L, V) and labels (B, L) → SCORES of each example (B, 3), so that no logits are gathered."""
-    logits = logits[0] if isinstance(logits, tuple) else logits
-    labels = pad(labels[:, 1:], (0, 1), value=-100)
-    losses = cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=-100, reduction="none")
-    scores = (losses.view_as(labels), labels != -100, logits.argmax(-1) == labels)
-    return torch.stack([values.sum(1) for values in scores], dim=1)
-
-
-def language_metrics(prediction: EvalPrediction) -> dict[str, float]:
-    scores: Any = prediction.predictions
-    loss, tokens, hits = scores.sum(axis=0, dtype=np.float64)
-    return {"perplexity": float(np.exp(loss / tokens)), "token_accuracy": float(hits / tokens)}
-
-
 def build(
     data: LanguageDataArguments, student: LanguageStudentArguments, args: LanguageTrainingArguments
 ) -> tuple[Any, DatasetDict]:
@@ -193,7 +174,7 @@ def main() -> None:
         teacher_logits=False,  # those of every token would fill the memory
         primary="perplexity",
         higher_is_better=False,
-        table=lambda output: dict(zip(SCORES, np.transpose(output.predictions), strict=True)),
+        table=lambda output: dict(zip(TOKEN_SCORES, np.transpose(output.predictions), strict=True)),
         tasks="text-generation",
         dataset=data.dataset_name or data.train_file,
     )

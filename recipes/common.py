@@ -133,8 +133,17 @@ def with_class_labels(splits: DatasetDict, name: str) -> tuple[DatasetDict, list
         fail(f"the label column {name!r}: {error}; the training split must have every label.")
 
 
-def load_student(auto_class: Any, options: StudentArguments, teacher: str | None = None, **labels: Any) -> Any:
-    """The model to train: a checkpoint, some layers of one, or random weights by a config with overrides."""
+def load_student(
+    auto_class: Any, options: StudentArguments, teacher: str | None = None, names: Sequence[str] | None = None
+) -> Any:
+    """The model to train: a checkpoint, some layers of one, or random weights by a config with overrides.
+
+    `names` are those of the classes, `teacher` the default of where its layers come from.
+    """
+    labels: dict[str, Any] = {}
+    if names is not None:
+        labels = {"num_labels": len(names), "id2label": dict(enumerate(names))}
+        labels["label2id"] = {name: index for index, name in enumerate(names)}
     path = options.student_model_name_or_path or (teacher if options.student_layers else None)
     if path is None and options.student_model_type is None:
         fail("no student: give --student_model_name_or_path (a Hub id or a folder), or --student_model_type.")
@@ -167,12 +176,18 @@ def load_tokenizer(path: str | None, whose: str, **options: Any) -> Any:
         return AutoTokenizer.from_pretrained(path, **options)
 
 
+def classes_table(output: PredictionOutput) -> dict[str, Any]:
+    """The columns of predictions.parquet for a classifier."""
+    logits: Any = output.predictions
+    return {"label": output.label_ids, "prediction": logits.argmax(axis=-1), "logits": logits}
+
+
 def run(
     trainer: Any,
     splits: DatasetDict,
     settings: dict[str, Any],
     primary: str,
-    table: Callable[[PredictionOutput], dict[str, Any]],
+    table: Callable[[PredictionOutput], dict[str, Any]] = classes_table,
     higher_is_better: bool = True,
     teacher_logits: bool = True,
     **card: Any,

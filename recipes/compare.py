@@ -12,20 +12,20 @@ import json
 import math
 import random
 import shlex
-import statistics
 import subprocess
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
-from datasets import load_dataset
+from datasets import Dataset, load_dataset
 from options import fail, option, parse
-from scipy.stats import ttest_rel
 from tqdm.auto import tqdm
 
-from hf_dkd.reporting import plot_comparison
+from hf_dkd.metrics import Accuracy, EntityF1, MatthewsCorrelation, Rouge, SacreBLEU
+from hf_dkd.reporting import compare_runs, comparison_table, plot_comparison
 
 METHODS: dict[str, dict[str, Any]] = {
     "cross-entropy": {"dkd_alpha": 0.0, "dkd_beta": 0.0},
@@ -83,16 +83,31 @@ def run_once(args: CompareArguments, passed: list[str], folder: Path, settings: 
     return json.loads(done.read_text())
 
 
+def told_by_predictions(metric: str, rows: Dataset) -> float:
+    """The primary metric of a recipe, counted anew from its predictions.parquet."""
+    if metric == "perplexity":
+        columns = rows.with_format("numpy")
+        return float(np.exp(columns["negative_log_likelihood"][:].sum(dtype=float) / columns["tokens"][:].sum()))
+    metrics: dict[str, Any] = {
+        "accuracy": Accuracy,
+        "matthews_correlation": MatthewsCorrelation,
+        "f1": EntityF1,
+        "bleu": SacreBLEU,
+        "rougeL": Rouge,
+    }
+    references = rows["label" if "label" in rows.column_names else "reference"][:]
+    return float(metrics[metric]().compute(predictions=rows["prediction"][:], references=references)[metric])
+
+
 def score(results: dict[str, Any], folder: Path, split: str) -> float:
-    """The primary metric on `split`; where the predictions tell the accuracy, they must tell the same."""
-    value = float(results["metrics"][split][results["primary_metric"]])
-    if results["primary_metric"] == "accuracy" and split == list(results["metrics"])[-1]:
-        rows = load_dataset("parquet", data_files=str(folder / "predictions.parquet"), split="train").with_format(
-            "numpy"
-        )
-        told = float((rows["label"][:] == rows["prediction"][:]).mean())
-        if abs(told - value) > 1e-9:
-            fail(f"{folder}: results.json says an accuracy of {value}, its predictions {told}: the files do not match.")
+    """The primary metric on `split`. The predictions, which are those of the last split, must tell the same."""
+    metric = results["primary_metric"]
+    value = float(results["metrics"][split][metric])
+    if split == list(results["metrics"])[-1]:
+        rows = load_dataset("parquet", data_files=str(folder / "predictions.parquet"), split="train")
+        told = told_by_predictions(metric, rows)
+        if not math.isclose(told, value, rel_tol=1e-6, abs_tol=1e-9):
+            fail(f"{folder}: results.json says {metric} {value}, its predictions {told}: the files do not match.")
     return value
 
 
@@ -125,37 +140,6 @@ def tune(args: CompareArguments, passed: list[str], method: str, bar: Any) -> di
     return max(scores, key=lambda pair: pair[0])[1]
 
 
-def compare(runs: dict[str, list[float]], seconds: dict[str, list[float]]) -> dict[str, Any]:
-    """For each method mean, spread, seconds, and the paired difference to each other one with its 95% t-interval."""
-    table: dict[str, Any] = {}
-    for method, values in runs.items():
-        spread = statistics.stdev(values) if len(values) > 1 else None
-        row: dict[str, Any] = {"mean": statistics.mean(values), "spread": spread, "values": values}
-        row |= {"seconds": statistics.mean(seconds[method]), "difference_to": {}}
-        for rival, others in runs.items():
-            if rival != method and len(values) > 1:
-                low, high = ttest_rel(values, others).confidence_interval(0.95)
-                mean = statistics.mean(a - b for a, b in zip(values, others, strict=True))
-                row["difference_to"][rival] = {"mean": mean, "low": float(low), "high": float(high)}
-        table[method] = row
-    return table
-
-
-def markdown(table: dict[str, Any], metric: str, split: str, scale: float) -> str:
-    def number(value: float | None) -> str:
-        return "" if value is None else f"{scale * value:.2f}"
-
-    head = [f"{split} {metric}" + (" %" if scale == 100 else ""), "spread", *(f"− {name}" for name in table), "seconds"]
-    lines = [f"| method | {' | '.join(head)} |", "| --- |" + " --- |" * len(head)]
-    for method, row in table.items():
-        cells = [number(row["mean"]), number(row["spread"])]
-        for rival in table:
-            gap = row["difference_to"].get(rival)
-            cells.append("" if gap is None else f"{number(gap['mean'])} [{number(gap['low'])}, {number(gap['high'])}]")
-        lines.append(f"| {method} | {' | '.join(cells)} | {row['seconds']:.1f} |")
-    return "\n".join(lines)
-
-
 def main() -> None:
     words = sys.argv[1:]
     own, passed = (words[: words.index("--")], words[words.index("--") + 1 :]) if "--" in words else (words, [])
@@ -177,9 +161,9 @@ def main() -> None:
             bar.update()
     bar.close()
 
-    table, metric = compare(runs, seconds), results["primary_metric"]
+    table, metric = compare_runs(runs, seconds), results["primary_metric"]
     scale = 100.0 if all(0 <= value <= 1 for values in runs.values() for value in values) else 1.0
-    text = markdown(table, metric, split, scale)
+    text = comparison_table(table, metric, split, scale)
     (output / "compare.md").write_text(text + "\n")
     (output / "compare.json").write_text(
         json.dumps({"settings": chosen, "trials": args.trials, "table": table}, indent=2)

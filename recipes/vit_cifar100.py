@@ -13,31 +13,17 @@ Either may be any image classifier, a convolutional network too. The teacher see
 in its own size and normalisation. Views do not change with `--dataloader_num_workers 8`, which keep a GPU busy.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-import torch
-from accelerate.logging import get_logger
-from augmentation import AugmentationArguments, AugmentedImages, CountEpochs
 from common import DataArguments, StudentArguments, column, load_splits, load_student, loading, run, with_class_labels
 from datasets import DatasetDict, Image
+from images import AugmentationArguments, AugmentedImages, CountEpochs, ImageCollator, load_processor
 from options import fail, option, parse
-from transformers import (
-    AutoConfig,
-    AutoModelForImageClassification,
-    ViTImageProcessorPil,
-    set_seed,
-)
-
-# By way of the package, 5.17 asks for torchvision: https://github.com/huggingface/transformers/issues/48607
-from transformers.models.auto.image_processing_auto import AutoImageProcessor
+from transformers import AutoConfig, AutoModelForImageClassification, set_seed
 
 from hf_dkd import DataCollatorWithTeacherInputs, DKDTrainer, DKDTrainingArguments
 from hf_dkd.metrics import classification_metrics
-
-logger = get_logger(__name__)
 
 STUDENT, TEACHER = "WinKawaks/vit-tiny-patch16-224", "pkr7098/cifar100-vit-base-patch16-224-in21k"
 
@@ -71,15 +57,6 @@ class ImageTrainingArguments(DKDTrainingArguments):
     remove_unused_columns: bool = False  # the collator makes pixel_values from images
 
 
-@dataclass
-class ImageCollator:
-    processor: Any
-
-    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        pixels = self.processor([row["image"] for row in rows], return_tensors="pt")
-        return {**pixels, "labels": torch.tensor([row["labels"] for row in rows])}
-
-
 ARGUMENTS = (ImageArguments, StudentArguments, ImageTrainingArguments)
 
 
@@ -97,22 +74,6 @@ def load_images(data: ImageArguments) -> tuple[DatasetDict, list[str]]:
     return splits.select_columns([image, label]).rename_columns({image: "image", label: "labels"}), names
 
 
-def load_processor(path: str | None, config: Any, revision: str | None = None, **options: Any) -> Any:
-    """The image processor saved at `path`; where there is none, or options are given, one that resizes to a square."""
-    options = {name: value for name, value in options.items() if value is not None}
-    saved = None
-    if path is not None:
-        try:
-            saved = AutoImageProcessor.from_pretrained(path, revision=revision)
-        except OSError:
-            logger.warning(f"{path} has no image processor: the size is taken from its config, and 0.5 as mean and std")
-    if saved is not None and not options:
-        return saved
-    size = options.pop("image_size", getattr(config, "image_size", 224))
-    kept = {name: getattr(saved, name) for name in ("image_mean", "image_std", "resample") if hasattr(saved, name)}
-    return ViTImageProcessorPil(size={"height": size, "width": size}, **kept | options)
-
-
 def build(data: ImageArguments, student: StudentArguments, args: ImageTrainingArguments) -> tuple[Any, DatasetDict]:
     if not (student.student_model_name_or_path or student.student_model_type or student.student_layers):
         student.student_model_name_or_path = STUDENT
@@ -120,14 +81,7 @@ def build(data: ImageArguments, student: StudentArguments, args: ImageTrainingAr
     teacher, revision = args.teacher_model_name_or_path, args.teacher_model_revision
     splits, names = load_images(data)
     set_seed(args.seed)  # for the weights that no checkpoint holds
-    model = load_student(
-        AutoModelForImageClassification,
-        student,
-        teacher,
-        num_labels=len(names),
-        id2label=dict(enumerate(names)),
-        label2id={name: index for index, name in enumerate(names)},
-    )
+    model = load_student(AutoModelForImageClassification, student, teacher, names)
     path = student.student_model_name_or_path or (teacher if student.student_layers else None)
     processor = load_processor(
         None if student.student_config_overrides else path,
@@ -164,11 +118,6 @@ def main() -> None:
         splits,
         settings,
         primary="accuracy",
-        table=lambda output: {
-            "label": output.label_ids,
-            "prediction": np.argmax(output.predictions, axis=-1),
-            "logits": output.predictions,
-        },
         tasks="image-classification",
         dataset=data.train_file or data.dataset_name,
     )

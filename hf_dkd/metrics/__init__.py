@@ -9,15 +9,18 @@ from .calibration import ExpectedCalibrationError, reliability
 from .classification import classification_metrics
 from .entity_f1 import EntityF1
 from .f1 import F1
+from .language import TOKEN_SCORES, language_metrics, token_scores
 from .matthews import MatthewsCorrelation
 from .rouge import Rouge
 from .sacrebleu import SacreBLEU
+from .tagging import tag_lists, tagging_metrics
 from .teacher_agreement import TeacherAgreement
 from .teacher_kl import TeacherKL
 from .top_k_accuracy import TopKAccuracy
 
 __all__ = [
     "F1",
+    "TOKEN_SCORES",
     "Accuracy",
     "EntityF1",
     "ExpectedCalibrationError",
@@ -28,5 +31,9 @@ __all__ = [
     "TeacherKL",
     "TopKAccuracy",
     "classification_metrics",
+    "language_metrics",
     "reliability",
+    "tag_lists",
+    "tagging_metrics",
+    "token_scores",
 ]

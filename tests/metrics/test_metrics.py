@@ -119,7 +119,41 @@ def test_calibration_of_certain_predictions() -> None:
 
 
 def test_every_module_loads_by_path() -> None:
-    files = sorted(path for path in FOLDER.glob("*.py") if path.name not in ("__init__.py", "classification.py"))
+    others = ("__init__.py", "classification.py", "language.py", "tagging.py")
+    files = sorted(path for path in FOLDER.glob("*.py") if path.name not in others)
     loaded = [evaluate.load(str(path)) for path in files]
     assert len(loaded) == 10
     assert loaded[0].compute(predictions=[1], references=[1]) == {"accuracy": 1.0}
+
+
+def test_scores_are_sums_over_labelled_positions() -> None:
+    logits = torch.randn(2, 4, 5, generator=torch.Generator().manual_seed(0))
+    labels = torch.tensor([[3, -100, 1, 2], [0, 4, 2, -100]])
+    scores = metrics.token_scores((logits, "cache"), labels)
+    for row, places in enumerate(([(1, 1), (2, 2)], [(0, 4), (1, 2)])):
+        losses = [-logits[row, place].log_softmax(-1)[label] for place, label in places]
+        hits = sum(int(logits[row, place].argmax() == label) for place, label in places)
+        assert scores[row].tolist() == pytest.approx([sum(losses).item(), 2, hits])
+
+
+def test_perplexity_is_over_all_tokens_not_a_mean_of_examples() -> None:
+    scores = np.array([[6.0, 3, 1], [1.0, 1, 1]])
+    found = metrics.language_metrics(EvalPrediction(predictions=scores, label_ids=scores))
+    assert found == {"perplexity": pytest.approx(math.exp(7 / 4)), "token_accuracy": 0.5}
+
+
+def test_the_metrics_of_a_tagger_see_tagged_tokens_alone() -> None:
+    names = ["O", "B-x", "I-x"]
+    labels = np.array([[-100, 1, 2, 0, -100], [0, 1, -100, 1, 0]])
+    chosen = np.array([[2, 1, 2, 0, 2], [0, 1, 2, 0, 0]])
+    prediction = EvalPrediction(predictions=10 * np.eye(3)[chosen], label_ids=labels)
+    assert metrics.tag_lists(names, chosen, labels) == [["B-x", "I-x", "O"], ["O", "B-x", "O", "O"]]
+    found = metrics.tagging_metrics(names, prediction)
+    assert found == pytest.approx({"precision": 1, "recall": 2 / 3, "f1": 0.8, "accuracy": 6 / 7})
+
+    teacher = np.where(labels[..., None] == -100, -prediction.predictions, prediction.predictions)
+    teacher[1, 3] = [0, 10, 0]
+    prediction.teacher_logits = teacher
+    found = metrics.tagging_metrics(names, prediction)
+    gap = 10 * (math.exp(10) - 1) / (math.exp(10) + 2)
+    assert (found["teacher_agreement"], found["teacher_kl"]) == (pytest.approx(6 / 7), pytest.approx(gap / 7))

@@ -1,16 +1,18 @@
 """The text classification recipe from end to end on tiny data."""
 
 import json
+from concurrent.futures import Future
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from datasets import load_dataset
+from datasets import Dataset, DatasetDict, load_dataset
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertForSequenceClassification
 
-from .launching import complaint, kill_after_checkpoint, launch, weights
+from .launching import complaint, kill_after_checkpoint, launch, run_here, weights
 from .text_assets import FILLERS, SUBJECTS, WORDS, save_tiny_bert, sentences
 
 RECIPE = "bert_classification.py"
@@ -130,3 +132,40 @@ def test_wrong_options_get_one_line(text_data: dict[str, Any], text_base: Path, 
     wrong = complaint(RECIPE, **good | {"student_model_name_or_path": tmp_path / "none"})
     assert "--student_model_name_or_path FOLDER" in wrong
     assert "dkd_temperature is 0.0; expected" in complaint(RECIPE, **good, dkd_temperature=0)
+
+
+def test_pushing_uploads_the_student_with_its_results(
+    text_data: dict[str, Any], text_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uploads: list[dict[str, Any]] = []
+
+    class Hub:
+        def create_repo(self, name: str, **options: Any) -> Any:
+            return SimpleNamespace(repo_id=name)
+
+        def upload_folder(self, folder_path: str, **options: Any) -> Any:
+            uploads.append(options | {"files": {path.name for path in Path(folder_path).iterdir() if path.is_file()}})
+            finished: Future[None] = Future()
+            finished.set_result(None)
+            return finished
+
+    monkeypatch.setattr("transformers.trainer.hf_api", Hub)
+    settings = {"teacher_model_name_or_path": text_teacher, "student_layers": "0", "max_steps": 2}
+    pushed = {"push_to_hub": True, "hub_model_id": "someone/student", "output_dir": tmp_path / "out"}
+    run_here("bert_classification", **text_data, **settings, **pushed)
+    assert {upload["repo_id"] for upload in uploads} == {"someone/student"}
+    wanted = {"model.safetensors", "config.json", "tokenizer.json", "README.md", "results.json", "predictions.parquet"}
+    assert wanted <= uploads[-1]["files"]
+    card = (tmp_path / "out/README.md").read_text()
+    assert card.count("## Distillation") == 1
+    assert f"on the {text_data['train_file']} dataset" in card
+
+
+def test_cola_is_compared_by_its_own_metric(text_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [{"sentence": row["text"], "label": index % 2} for index, row in enumerate(sentences(16, seed=0))]
+    splits = DatasetDict({name: Dataset.from_list(rows) for name in ("train", "validation")})
+    monkeypatch.setattr("datasets.load_dataset", lambda *name: splits)
+    options = {"student_model_name_or_path": text_base, "max_steps": 1, "output_dir": tmp_path}
+    results = run_here("bert_classification", task_name="cola", **options)
+    assert results["primary_metric"] == "matthews_correlation"
+    assert results["primary_metric"] in results["metrics"]["validation"]

@@ -266,16 +266,6 @@ def test_prompts_are_masked_and_give_way_to_the_completion() -> None:
     assert encoded(rows, "</s>", block_size=4) == expected
 
 
-def test_scores_are_sums_over_labelled_positions() -> None:
-    logits = torch.randn(2, 4, 5, generator=torch.Generator().manual_seed(0))
-    labels = torch.tensor([[3, -100, 1, 2], [0, 4, 2, -100]])
-    scores = recipe("causal_lm").token_scores((logits, "cache"), labels)
-    for row, places in enumerate(([(1, 1), (2, 2)], [(0, 4), (1, 2)])):
-        losses = [-logits[row, place].log_softmax(-1)[label] for place, label in places]
-        hits = sum(int(logits[row, place].argmax() == label) for place, label in places)
-        assert scores[row].tolist() == pytest.approx([sum(losses).item(), 2, hits])
-
-
 def test_with_no_option_it_distils_hub_models(monkeypatch: Any, tmp_path: Path) -> None:
     """As far as the network: the ids that are asked for, and the line that says that they cannot be had."""
     asked = []

@@ -1,16 +1,17 @@
 """Comparing methods with a recipe: the table against the predictions, equal conditions, going on, and tuning."""
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from datasets import load_dataset
+from datasets import Dataset, load_dataset
 from scipy import stats
 
-from .launching import RECIPES, environment
+from .launching import RECIPES, environment, recipe
 
 METHODS = ("cross-entropy", "dkd:dkd_beta=2")
 
@@ -101,3 +102,25 @@ def test_an_unknown_method_gets_one_line(text_data: dict[str, Any], tmp_path: Pa
     done = compare(text_data, tmp_path, tmp_path, "--methods", "dkt")
     assert "--methods dkt: expected cross-entropy, kd, dkd" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("metric", "columns", "expected"),
+    [
+        ("accuracy", {"label": [0, 1, 2, 1], "prediction": [0, 1, 1, 1]}, 0.75),
+        ("matthews_correlation", {"label": [0, 1, 0, 1], "prediction": [0, 1, 0, 0]}, 1 / 3**0.5),
+        ("f1", {"label": [["B-x", "O"], ["B-y"]], "prediction": [["B-x", "O"], ["B-x"]]}, 0.5),
+        ("bleu", {"reference": ["a b c d e"], "prediction": ["a b c d e"]}, 100.0),
+        ("rougeL", {"reference": ["a b c d"], "prediction": ["a c"]}, 2 / 3),
+        ("perplexity", {"negative_log_likelihood": [6.0, 1.0], "tokens": [3.0, 1.0]}, math.exp(7 / 4)),
+    ],
+)
+def test_every_primary_metric_is_counted_anew(metric: str, columns: dict, expected: float, tmp_path: Path) -> None:
+    Dataset.from_dict(columns).to_parquet(tmp_path / "predictions.parquet")
+    results = {"primary_metric": metric, "metrics": {"validation": {metric: 0.0}, "test": {metric: expected}}}
+    score = recipe("compare").score
+    assert score(results, tmp_path, "test") == pytest.approx(expected)
+    assert score(results, tmp_path, "validation") == 0.0
+    results["metrics"]["test"][metric] += 1e-3
+    with pytest.raises(SystemExit, match="the files do not match"):
+        score(results, tmp_path, "test")

@@ -181,18 +181,18 @@ def test_every_epoch_has_its_own_views(recipe: Any, parquet: dict[str, Any], tmp
 
 
 @pytest.fixture
-def augmentation(monkeypatch: pytest.MonkeyPatch) -> Any:
+def images(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.syspath_prepend(RECIPES)
-    return importlib.import_module("augmentation")
+    return importlib.import_module("images")
 
 
-def test_views_depend_on_seed_epoch_and_index_alone(augmentation: Any) -> None:
+def test_views_depend_on_seed_epoch_and_index_alone(images: Any) -> None:
     rows = [{"image": image.convert("RGB"), "labels": label} for image, label in zip(*digits("test"), strict=True)][:12]
 
     def views(data: Any) -> list[bytes]:
         return [data[index]["image"].tobytes() for index in range(len(data))]
 
-    data = augmentation.AugmentedImages(rows, augmentation.AugmentationArguments(), seed=3)
+    data = images.AugmentedImages(rows, images.AugmentationArguments(), seed=3)
     state = torch.get_rng_state()
     first = views(data)
     assert torch.equal(torch.get_rng_state(), state), "dropout would change with the augmentation"
@@ -205,18 +205,18 @@ def test_views_depend_on_seed_epoch_and_index_alone(augmentation: Any) -> None:
     second = [row["image"].tobytes() for batch in workers for row in batch]
     assert second == views(data)
     assert sum(a != b for a, b in zip(first, second, strict=True)) >= 10
-    other = augmentation.AugmentedImages(rows, augmentation.AugmentationArguments(), seed=4)
+    other = images.AugmentedImages(rows, images.AugmentationArguments(), seed=4)
     assert sum(a != b for a, b in zip(first, views(other), strict=True)) >= 10
 
 
-def test_each_part_of_the_augmentation_can_be_switched_off(augmentation: Any) -> None:
+def test_each_part_of_the_augmentation_can_be_switched_off(images: Any) -> None:
     image = digits("test")[0][0].convert("RGB")
     pixels = np.asarray(image)
     off = {"random_crop_padding": 0.0, "horizontal_flip": False, "rand_augment_layers": 0}
 
     def seen(**options: Any) -> list[np.ndarray]:
-        arguments = augmentation.AugmentationArguments(**off | options)
-        return [np.asarray(augmentation.augment(image, arguments)) for _ in range(60)]
+        arguments = images.AugmentationArguments(**off | options)
+        return [np.asarray(images.augment(image, arguments)) for _ in range(60)]
 
     assert all(np.array_equal(view, pixels) for view in seen())
     flipped = [np.array_equal(view, pixels[:, ::-1]) for view in seen(horizontal_flip=True)]
@@ -232,7 +232,7 @@ def test_each_part_of_the_augmentation_can_be_switched_off(augmentation: Any) ->
     assert strong > 1.5 * weak
 
 
-def test_torchvision_augments_where_it_is_installed(augmentation: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_torchvision_augments_where_it_is_installed(images: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     image = digits("test")[0][0].convert("RGB")
-    monkeypatch.setattr(augmentation, "RandAugment", lambda layers, magnitude: lambda view: (view, layers, magnitude))
-    assert augmentation.rand_augment(image, 3, 7) == (image, 3, 7)
+    monkeypatch.setattr(images, "RandAugment", lambda layers, magnitude: lambda view: (view, layers, magnitude))
+    assert images.rand_augment(image, 3, 7) == (image, 3, 7)

@@ -1,17 +1,23 @@
-"""Random views of training images: shift, mirror, RandAugment. Needs Pillow only; uses torchvision's RandAugment."""
+"""Images of a recipe: random views (shift, mirror, RandAugment; torchvision's if there), and pixels for a model."""
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from accelerate.logging import get_logger
 from datasets import Dataset
 from options import option
 from PIL import ImageEnhance, ImageOps
 from PIL.Image import Image, Transform, Transpose
-from transformers import TrainerCallback
+from transformers import TrainerCallback, ViTImageProcessorPil
+
+# By way of the package, 5.17 asks for torchvision: https://github.com/huggingface/transformers/issues/48607
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.utils import is_torchvision_available
+
+logger = get_logger(__name__)
 
 RandAugment: Any = None
 if is_torchvision_available():
@@ -107,3 +113,28 @@ class CountEpochs(TrainerCallback):
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         kwargs["train_dataloader"].dataset.epoch.fill_(int(state.epoch or 0))
+
+
+def load_processor(path: str | None, config: Any, revision: str | None = None, **options: Any) -> Any:
+    """The image processor saved at `path`; where there is none, or options are given, one that resizes to a square."""
+    options = {name: value for name, value in options.items() if value is not None}
+    saved = None
+    if path is not None:
+        try:
+            saved = AutoImageProcessor.from_pretrained(path, revision=revision)
+        except OSError:
+            logger.warning(f"{path} has no image processor: the size is taken from its config, and 0.5 as mean and std")
+    if saved is not None and not options:
+        return saved
+    size = options.pop("image_size", getattr(config, "image_size", 224))
+    kept = {name: getattr(saved, name) for name in ("image_mean", "image_std", "resample") if hasattr(saved, name)}
+    return ViTImageProcessorPil(size={"height": size, "width": size}, **kept | options)
+
+
+@dataclass
+class ImageCollator:
+    processor: Any
+
+    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        pixels = self.processor([row["image"] for row in rows], return_tensors="pt")
+        return {**pixels, "labels": torch.tensor([row["labels"] for row in rows])}
