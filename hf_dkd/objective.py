@@ -8,7 +8,8 @@ from accelerate import Accelerator
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from .losses.decoupled import row_divergences, row_kl, student_masks_mass, unusable_teacher_rows, weighted_sum
+from .losses.arithmetic import student_masks_mass
+from .losses.decoupled import row_divergences, row_kl, unusable_teacher_rows, weighted_sum
 from .rows import IGNORE_INDEX, Rows
 from .training_args import DKDArgumentsMixin
 

@@ -48,6 +48,26 @@ def dkd_gradient(
     return gradient.scatter(1, _non_target_classes(student, labels), others)
 
 
+def grouped(
+    student: Tensor, teacher: Tensor, groups: Tensor, num_groups: int, temperature: float = 1.0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """KL between groups (N,), KL within each (N, G), and the teacher's masses (N, G), row by row and class by class."""
+    p, q = ((logits / temperature).softmax(1) for logits in (teacher.detach(), student))
+    between, within, masses = [], [], []
+    for p_row, q_row, group_row in zip(p, q, groups, strict=True):
+        members = [group_row == group for group in range(num_groups)]
+        p_masses, q_masses = ([row[inside].sum() for inside in members] for row in (p_row, q_row))
+        filled = [group for group in range(num_groups) if members[group].any()]
+        between.append(sum(p_masses[g] * (p_masses[g] / q_masses[g]).log() for g in filled))
+        inner = torch.zeros(num_groups, dtype=student.dtype)
+        for g in filled:
+            p_inner, q_inner = p_row[members[g]] / p_masses[g], q_row[members[g]] / q_masses[g]
+            inner[g] = (p_inner * (p_inner / q_inner).log()).sum()
+        within.append(inner)
+        masses.append(torch.stack(p_masses))
+    return torch.stack(between), torch.stack(within), torch.stack(masses)
+
+
 def non_target(values: Tensor, labels: Tensor) -> Tensor:
     """The C − 1 columns of each row that are not its target, in order: (N, C), (N,) → (N, C − 1)."""
     return values.gather(1, _non_target_classes(values, labels))

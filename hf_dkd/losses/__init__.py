@@ -1,5 +1,6 @@
 """Distillation losses on rows of logits. Imports torch only."""
 
 from .decoupled import decoupled_kl, dkd_loss, kd_loss
+from .grouped import GroupedKL, grouped_dkd_loss, grouped_kl
 
-__all__ = ["decoupled_kl", "dkd_loss", "kd_loss"]
+__all__ = ["GroupedKL", "decoupled_kl", "dkd_loss", "grouped_dkd_loss", "grouped_kl", "kd_loss"]

@@ -1,0 +1,71 @@
+"""What the losses have in common: precision, stable logarithms, reduction, and the checks of their inputs."""
+
+import math
+
+import torch
+from torch import Tensor
+
+STUDENT_MASKS_MASS = (
+    "The student masks (-inf) a class to which the teacher gives mass, so that the divergence is infinite. Mask the "
+    "class in the teacher's logits too, or leave it unmasked in the student's."
+)
+
+
+def same_precision(student_logits: Tensor, teacher_logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Both in float32, or in float64 where one of them is; the teacher's without a gradient."""
+    dtype = torch.promote_types(torch.promote_types(student_logits.dtype, teacher_logits.dtype), torch.float32)
+    return student_logits.to(dtype), teacher_logits.detach().to(dtype)
+
+
+def below_peak(logits: Tensor, row: Tensor) -> Tensor:
+    """`logits` (N, …) less the largest of each `row` (N, C)."""
+    # Before dividing by T, so that large logits close to each other keep their difference to the last digit.
+    return logits - row.amax(1, keepdim=True).detach()
+
+
+def log_probs(logits: Tensor) -> Tensor:
+    """Log-probabilities of each row, (N, C)."""
+    # Not log_softmax, whose float32 sum over a large vocabulary loses digits on a CPU.
+    return logits - logits.logsumexp(1, keepdim=True)
+
+
+def kl(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """KL(p ‖ q) of each row of log-probabilities, (N, C), (N, C) → (N,)."""
+    p = log_p.exp()
+    # A class without mass contributes 0, also where both logarithms are -inf and their difference is NaN.
+    return torch.where(p == 0, 0.0, p * (log_p - log_q)).sum(1)
+
+
+def student_masks_mass(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
+    """(N,) booleans: the student masks (-inf) a class to which the teacher gives mass, so that KL is infinite."""
+    return ((student_logits == -math.inf) & (teacher_logits > -math.inf)).any(1)
+
+
+def reduce(rows: Tensor, reduction: str) -> Tensor:
+    """The `"mean"` of `rows` (0 of none), their `"sum"`, or with `"none"` themselves."""
+    if reduction == "none":
+        return rows
+    if reduction == "sum":
+        return rows.sum()
+    if reduction == "mean":
+        return rows.sum() / max(len(rows), 1)
+    raise ValueError(f'reduction is {reduction!r}; expected "mean", "sum" or "none".')
+
+
+def check_logits(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> None:
+    """Raise a `ValueError` for logits that are not floating (N, C), C ≥ 2, or a temperature that is not above 0."""
+    shapes = f"student logits {tuple(student_logits.shape)}, teacher logits {tuple(teacher_logits.shape)}"
+    if student_logits.ndim != 2 or student_logits.shape != teacher_logits.shape:
+        raise ValueError(f"Expected logits of one shape (rows, classes); got {shapes}.")
+    if student_logits.shape[1] < 2:
+        raise ValueError(f"Distillation needs at least two classes; got {shapes}.")
+    if not (student_logits.is_floating_point() and teacher_logits.is_floating_point()):
+        raise ValueError(f"Expected floating logits; got {student_logits.dtype} and {teacher_logits.dtype}.")
+    if not (math.isfinite(temperature) and temperature > 0):
+        raise ValueError(f"temperature is {temperature}; expected a finite number above 0.")
+
+
+def check_weight(name: str, weight: float) -> None:
+    """Raise a `ValueError` for a weight that is not a finite number of 0 or above."""
+    if not (math.isfinite(weight) and weight >= 0):
+        raise ValueError(f"{name} is {weight}; expected a finite number, 0 or above.")
