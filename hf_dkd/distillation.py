@@ -279,7 +279,7 @@ class DistillationTraining(_Trainer):
             )
             aligned = self._side_by_side(outputs, teacher_rows, f"At step {self.state.global_step + 1}")
             sums = objective.distillation_sums(aligned, settings)
-            terms |= {name: scale * value for name, value in sums._asdict().items()}
+            terms |= {name: scale * value for name, value in sums.named().items()}
             terms["dkd"] = self._weight * terms["dkd"]
             loss = loss + terms["dkd"]
         self._record(terms, loss)

@@ -98,11 +98,10 @@ class DistillationEvaluation(DistillationTraining):
         moment = f"In evaluation after step {self.state.global_step}"
         aligned = self._side_by_side(outputs, self._teacher_rows(inputs, teacher_logits), moment)
         sums = objective.distillation_sums(aligned, self.dkd_args)
+        parts = {name: value for name, value in sums.named().items() if name != "dkd"}
         self._eval_terms.add(
             {
-                "tckd": sums.tckd,
-                "nckd": sums.nckd,
-                "teacher_agreement": sums.teacher_agreement,
+                **parts,
                 "teacher_accuracy": (aligned.teacher.argmax(1) == aligned.labels).sum(),
                 "count": (aligned.labels != rows.IGNORE_INDEX).sum(),
             }

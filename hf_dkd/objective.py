@@ -10,6 +10,8 @@ from torch.nn.functional import cross_entropy
 
 from .losses.arithmetic import student_masks_mass
 from .losses.decoupled import row_divergences, row_kl, unusable_teacher_rows, weighted_sum
+from .losses.grouped import row_grouped_kl, top_k_groups, weighted_groups
+from .losses.standardized import standardized
 from .rows import IGNORE_INDEX, Rows
 from .training_args import DKDArgumentsMixin
 
@@ -18,29 +20,48 @@ class DistillationSums(NamedTuple):
     """Sums over the labelled rows, scalars; `dkd` alone carries a gradient."""
 
     dkd: Tensor
-    """T²·(α·TCKD + β·NCKD); with `distillation="kd"`, α·T²·KL. The warm-up weight is not in it."""
+    """The weighted divergences times T², without the warm-up weight."""
     tckd: Tensor
+    """TCKD; with `dkd_top_k`, the divergence between the teacher's first class, its next ones, and the rest."""
     nckd: Tensor
+    """NCKD; with `dkd_top_k`, the divergence among the rest."""
     teacher_agreement: Tensor
     """Rows where the argmaxes of student and teacher are the same class."""
+    top_k: Tensor | None = None
+    """With `dkd_top_k`, the divergence among the teacher's second to k-th class."""
+
+    def named(self) -> dict[str, Tensor]:
+        """By name, without what the settings do not have."""
+        return {name: value for name, value in self._asdict().items() if value is not None}
 
 
 def distillation_sums(rows: Rows, settings: DKDArgumentsMixin) -> DistillationSums:
     """The distillation term of `rows` and its parts, at the temperature and weights of `settings`."""
     student, teacher, labels = rows
     labelled, labels = labels != IGNORE_INDEX, labels.clamp(min=0)
-    temperature = settings.dkd_temperature
+    temperature, top_k = settings.dkd_temperature, None
+    if settings.dkd_standardize:
+        student, teacher = standardized(student), standardized(teacher)
     if settings.distillation == "kd":
         terms = settings.dkd_alpha * row_kl(student, teacher, temperature=temperature)
         tckd, nckd = row_divergences(student.detach(), teacher, labels, temperature=temperature)
+    elif settings.dkd_top_k:
+        parts = row_grouped_kl(student, teacher, top_k_groups(teacher, settings.dkd_top_k), 3, temperature=temperature)
+        terms = weighted_groups(parts, settings.dkd_alpha, (0.0, settings.dkd_top_k_beta, settings.dkd_beta))
+        tckd, (_, top_k, nckd) = parts.between, parts.within.unbind(1)
     else:
         tckd, nckd = row_divergences(student, teacher, labels, temperature=temperature)
         terms = weighted_sum(tckd, nckd, settings.dkd_alpha, settings.dkd_beta)
+
+    def total(values: Tensor) -> Tensor:
+        return torch.where(labelled, values, 0.0).sum()
+
     return DistillationSums(
-        dkd=temperature**2 * torch.where(labelled, terms, 0.0).sum(),
-        tckd=torch.where(labelled, tckd.detach(), 0.0).sum(),
-        nckd=torch.where(labelled, nckd.detach(), 0.0).sum(),
+        dkd=temperature**2 * total(terms),
+        tckd=total(tckd.detach()),
+        nckd=total(nckd.detach()),
         teacher_agreement=((student.argmax(1) == teacher.argmax(1)) & labelled).sum(),
+        top_k=None if top_k is None else total(top_k.detach()),
     )
 
 

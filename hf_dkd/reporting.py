@@ -12,6 +12,7 @@ _TERMS = {
     "ce": "CE, the hard-label loss",
     "tckd": "TCKD",
     "nckd": "NCKD",
+    "top_k": "divergence among the top k",
     "dkd": "weighted distillation term",
     "teacher_agreement": "agreement with the teacher",
 }
@@ -40,6 +41,8 @@ def distillation_section(
         "α": f"{settings.dkd_alpha:g}",
         **({"β": f"{settings.dkd_beta:g}"} if decoupled else {}),
         "T": f"{settings.dkd_temperature:g}",
+        **({"top k": f"{settings.dkd_top_k}, β {settings.dkd_top_k_beta:g} among them"} if settings.dkd_top_k else {}),
+        **({"logits": "standardised"} if settings.dkd_standardize else {}),
         "CE weight": f"{settings.ce_weight:g}",
         "warm-up": _warmup(settings),
     }

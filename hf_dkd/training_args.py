@@ -10,6 +10,15 @@ from transformers import Seq2SeqTrainingArguments, TrainingArguments
 
 from .heads import Head
 
+_NUMBERS = (
+    "dkd_alpha",
+    "dkd_beta",
+    "dkd_top_k_beta",
+    "ce_weight",
+    "dkd_warmup_steps",
+    "dkd_warmup_epochs",
+    "dkd_temperature",
+)
 _HEADS = tuple(str(head) for head in Head)
 
 
@@ -45,6 +54,20 @@ class DKDArgumentsMixin:
     )
     distillation: str = field(
         default="dkd", metadata={"help": "'dkd', or 'kd' for classical distillation.", "choices": ["dkd", "kd"]}
+    )
+    dkd_standardize: bool = field(
+        default=False,
+        metadata={"help": "Take the z-scores of each row of both logits before the temperature (Sun et al. 2024)."},
+    )
+    dkd_top_k: int = field(
+        default=0,
+        metadata={
+            "help": "Divide the classes by the teacher's ranking instead of the label: its first, its second to k-th, "
+            "and the rest (Zheng and Cheng 2025, there 5 for ViTs); 0 divides by the label."
+        },
+    )
+    dkd_top_k_beta: float = field(
+        default=1.0, metadata={"help": "With dkd_top_k, the weight of the divergence among the second to k-th class."}
     )
     dkd_head: str | None = field(
         default=None,
@@ -88,7 +111,7 @@ class DKDArgumentsMixin:
 
     def check_distillation(self) -> None:
         """Raise a `ValueError` that names the first setting out of range."""
-        for name in ("dkd_alpha", "dkd_beta", "ce_weight", "dkd_warmup_steps", "dkd_warmup_epochs", "dkd_temperature"):
+        for name in _NUMBERS:
             # A hyper-parameter search casts to the type of the old value: an int would truncate what it tries.
             try:
                 value = float(getattr(self, name))
@@ -113,15 +136,30 @@ class DKDArgumentsMixin:
                 f'dkd_beta is {self.dkd_beta} with distillation="kd", which has no NCKD term of its own: set '
                 "dkd_alpha, the weight of its KL, and leave dkd_beta alone."
             )
+        self._check_groups()
         if self.dkd_head is not None and self.dkd_head not in _HEADS:
             raise ValueError(f"dkd_head is {self.dkd_head!r}; expected one of {', '.join(_HEADS)}.")
         if self.ce_weight == 0 and not self.distils:
             raise ValueError("ce_weight and the distillation weights are all 0: nothing would be trained.")
 
+    def _check_groups(self) -> None:
+        if isinstance(self.dkd_top_k, bool) or not isinstance(self.dkd_top_k, int) or self.dkd_top_k < 0:
+            raise ValueError(f"dkd_top_k is {self.dkd_top_k!r}; expected a whole number, 0 or the k of the top k.")
+        if self.dkd_top_k and self.distillation == "kd":
+            raise ValueError(
+                f'dkd_top_k is {self.dkd_top_k} with distillation="kd", which does not divide the classes: choose one.'
+            )
+        if self.dkd_top_k < 2 and self.dkd_top_k_beta != 1:
+            raise ValueError(
+                f"dkd_top_k_beta is {self.dkd_top_k_beta} with dkd_top_k {self.dkd_top_k}: it weighs the teacher's "
+                "second to k-th class, of which there are none. Set dkd_top_k to 2 or more."
+            )
+
     @property
     def distils(self) -> bool:
         """Whether any distillation term has weight, so that the teacher must run."""
-        return self.dkd_alpha > 0 or (self.distillation == "dkd" and self.dkd_beta > 0)
+        of_dkd = self.dkd_beta > 0 or (self.dkd_top_k > 1 and self.dkd_top_k_beta > 0)
+        return self.dkd_alpha > 0 or (self.distillation == "dkd" and of_dkd)
 
     def dkd_weight(self, step: int, max_steps: int, steps_per_epoch: float | None) -> float:
         """The warm-up weight w = min(1, step / W) of optimizer step `step` = 1, 2, …; 1 without warm-up."""

@@ -28,6 +28,7 @@ METHODS = [
     {"dkd_alpha": 0.5, "dkd_beta": 4.0, "dkd_temperature": 4.0},
     {"distillation": "kd", "dkd_alpha": 0.5, "dkd_temperature": 2.0},
 ]
+OPTIONS = [{"dkd_top_k": 2}, {"dkd_standardize": True}]
 
 
 def some_rows() -> Rows:
@@ -52,11 +53,39 @@ def test_sums_are_the_oracles_over_the_labelled_rows(settings: dict) -> None:
     rows = alpha * kl if "distillation" in settings else alpha * tckd + beta * nckd
     agree = (student[kept].argmax(1) == teacher[kept].argmax(1)).sum()
     expected = [temperature**2 * rows.sum(), tckd.sum(), nckd.sum(), agree]
-    assert [value.item() for value in sums] == pytest.approx([value.item() for value in expected], rel=1e-5)
-    assert [value.requires_grad for value in sums] == [True, False, False, False]
+    assert list(sums.named()) == ["dkd", "tckd", "nckd", "teacher_agreement"]
+    found = sums.named().values()
+    assert [value.item() for value in found] == pytest.approx([value.item() for value in expected], rel=1e-5)
+    assert [value.requires_grad for value in found] == [True, False, False, False]
     (gradient,) = torch.autograd.grad(sums.dkd, student)
     assert gradient[~kept].eq(0).all()
     assert gradient[kept].abs().amax(1).gt(0).all()
+
+
+def test_top_k_sums_are_the_oracles_over_the_teachers_ranking() -> None:
+    student, teacher, labels = some_rows()
+    kept = labels != IGNORED
+    settings = {"dkd_alpha": 0.5, "dkd_beta": 4.0, "dkd_top_k": 3, "dkd_top_k_beta": 2.0, "dkd_temperature": 2.0}
+    sums = distillation_sums(Rows(student, teacher, labels), DKDArgumentsMixin(**settings)).named()
+    ranks = teacher[kept].argsort(1, descending=True).argsort(1)
+    groups = torch.where(ranks == 0, 0, torch.where(ranks < 3, 1, 2))
+    between, within, _ = oracle.grouped(student[kept].double(), teacher[kept].double(), groups, 3, 2.0)
+    assert sums["tckd"].item() == pytest.approx(between.sum().item(), rel=1e-5)
+    assert sums["top_k"].item() == pytest.approx(within[:, 1].sum().item(), rel=1e-5)
+    assert sums["nckd"].item() == pytest.approx(within[:, 2].sum().item(), rel=1e-5)
+    expected = 4 * (0.5 * between + 2 * within[:, 1] + 4 * within[:, 2]).sum()
+    assert sums["dkd"].item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("settings", [*METHODS, OPTIONS[0]])
+def test_standardised_sums_are_those_of_the_z_scores(settings: dict) -> None:
+    student, teacher, labels = some_rows()
+    z_scores = ((one - one.mean(1, keepdim=True)) / one.std(1, keepdim=True) for one in (student, teacher))
+    expected = distillation_sums(Rows(*z_scores, labels), DKDArgumentsMixin(**settings)).named()
+    found = distillation_sums(Rows(student, teacher, labels), DKDArgumentsMixin(**settings, dkd_standardize=True))
+    assert {name: value.item() for name, value in found.named().items()} == pytest.approx(
+        {name: value.item() for name, value in expected.items()}, rel=1e-5
+    )
 
 
 def test_a_fault_in_a_row_without_a_label_is_none() -> None:
@@ -135,7 +164,7 @@ def test_running_terms_are_read_only_when_drained() -> None:
     assert reads.count == 1
 
 
-@pytest.mark.parametrize("settings", METHODS)
+@pytest.mark.parametrize("settings", [*METHODS, *OPTIONS])
 @pytest.mark.parametrize(
     ("head", "shape", "rows"),
     [(Head.CLASSIFICATION, (8,), 8), (Head.QUESTION_ANSWERING, (2, 8), 16), (Head.TOKEN_CLASSIFICATION, (8, 12), 30)],
@@ -163,9 +192,11 @@ def test_from_logits_to_running_terms_nothing_is_read(
     loss.backward()
     terms = RunningTerms()
     for step in range(2):
-        terms.add(sums._asdict(), loss.detach().isfinite(), steps=step)
+        terms.add(sums.named(), loss.detach().isfinite(), steps=step)
     faults = unusable_teacher(aligned), masking_student(aligned)
-    assert {tensor.device.type for tensor in (*aligned, *sums, *faults, loss, student.grad)} == {"meta"}
+    assert {tensor.device.type for tensor in (*aligned, *sums.named().values(), *faults, loss, student.grad)} == {
+        "meta"
+    }
     assert [tensor.shape for tensor in (*aligned, *faults)] == [(rows, 12), (rows, 12), (rows,), (rows,), (rows,)]
     with pytest.raises(RuntimeError, match="meta"):
         terms.drain(Accelerator(cpu=True))

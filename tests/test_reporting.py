@@ -50,6 +50,12 @@ def test_classical_distillation_has_no_beta() -> None:
     assert table(section)["α"] == "2"
 
 
+def test_options_that_are_off_are_not_told() -> None:
+    rows = table(distillation_section("teacher", DKDArgumentsMixin(dkd_top_k=5, dkd_standardize=True), HISTORY))
+    assert (rows["top k"], rows["logits"]) == ("5, β 1 among them", "standardised")
+    assert not {"top k", "logits"} & table(distillation_section("teacher", DKDArgumentsMixin(), HISTORY)).keys()
+
+
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [

@@ -16,6 +16,9 @@ SETTINGS = {
     "dkd_temperature": 4.0,
     "ce_weight": 0.25,
     "dkd_warmup_epochs": 20.0,
+    "dkd_standardize": True,
+    "dkd_top_k": 5,
+    "dkd_top_k_beta": 2.0,
     "dkd_head": "causal_lm",
     "teacher_model_name_or_path": "models/teacher",
     "teacher_model_revision": "main",
@@ -31,6 +34,8 @@ BAD = [
     ("dkd_warmup_steps", 10.5),
     ("distillation", "fitnets"),
     ("dkd_head", "regression"),
+    *(("dkd_top_k", value) for value in (-1, 2.5, True)),
+    ("dkd_top_k_beta", -1.0),
 ]
 
 
@@ -213,3 +218,23 @@ def test_a_token_for_the_teacher_is_not_shown_and_its_keywords_stay_as_given() -
     assert "hf_secret" not in args.to_json_string()
     assert "hf_secret" not in str(args.to_sanitized_dict())
     assert args.teacher_model_init_kwargs == {"token": "hf_secret", "dtype": torch.bfloat16}
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"dkd_top_k": 5, "distillation": "kd"}, 'dkd_top_k is 5 with distillation="kd", which does not divide'),
+        ({"dkd_top_k_beta": 2.0}, "dkd_top_k_beta is 2.0 with dkd_top_k 0: it weighs"),
+        ({"dkd_top_k": 1, "dkd_top_k_beta": 2.0}, "dkd_top_k_beta is 2.0 with dkd_top_k 1"),
+    ],
+)
+def test_options_that_exclude_each_other_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        DKDArgumentsMixin(**settings)
+
+
+def test_weight_on_the_top_k_alone_distils() -> None:
+    off = {"dkd_alpha": 0.0, "dkd_beta": 0.0}
+    assert DKDArgumentsMixin(**off, dkd_top_k=2).distils
+    assert not DKDArgumentsMixin(**off, dkd_top_k=2, dkd_top_k_beta=0.0).distils
+    assert not DKDArgumentsMixin(**off, dkd_top_k=1).distils

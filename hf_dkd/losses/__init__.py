@@ -1,6 +1,16 @@
 """Distillation losses on rows of logits. Imports torch only."""
 
 from .decoupled import decoupled_kl, dkd_loss, kd_loss
-from .grouped import GroupedKL, grouped_dkd_loss, grouped_kl
+from .grouped import GroupedKL, grouped_dkd_loss, grouped_kl, top_k_groups
+from .standardized import standardized
 
-__all__ = ["GroupedKL", "decoupled_kl", "dkd_loss", "grouped_dkd_loss", "grouped_kl", "kd_loss"]
+__all__ = [
+    "GroupedKL",
+    "decoupled_kl",
+    "dkd_loss",
+    "grouped_dkd_loss",
+    "grouped_kl",
+    "kd_loss",
+    "standardized",
+    "top_k_groups",
+]

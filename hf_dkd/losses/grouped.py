@@ -107,6 +107,26 @@ def grouped_dkd_loss(
     return reduce(temperature**2 * weighted_groups(parts, alpha, betas), reduction)
 
 
+def top_k_groups(teacher_logits: Tensor, k: int) -> Tensor:
+    """Groups by the teacher's ranking of the classes: the first alone (0), the second to k-th (1), the others (2).
+
+    The partition of generalised DKD for transformers (Zheng and Cheng 2025, arXiv 2512.04625), there with k = 5.
+
+    Args:
+        teacher_logits: (N, C).
+        k: 1 to C − 1. With k = 1 group 1 is empty, and the terms are those of DKD with the teacher's choice as target.
+
+    Returns:
+        (N, C), for `grouped_kl` with three groups.
+    """
+    if not 1 <= k < teacher_logits.shape[1]:
+        most = teacher_logits.shape[1] - 1
+        raise ValueError(f"The k of the top k is {k}; expected 1 to {most}, below the number of classes.")
+    best = teacher_logits.topk(k, dim=1).indices
+    groups = torch.full_like(teacher_logits, 2, dtype=torch.long)
+    return groups.scatter(1, best, 1).scatter(1, best[:, :1], 0)
+
+
 def row_grouped_kl(
     student_logits: Tensor, teacher_logits: Tensor, groups: Tensor, num_groups: int, *, temperature: float
 ) -> GroupedKL:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from torch import Tensor
 
-from hf_dkd.losses import decoupled_kl, dkd_loss, grouped_dkd_loss, grouped_kl, kd_loss
+from hf_dkd.losses import decoupled_kl, dkd_loss, grouped_dkd_loss, grouped_kl, kd_loss, top_k_groups
 from tests import oracle
 from tests.oracle import assert_within, gradient_of
 
@@ -198,3 +198,16 @@ def test_weights_are_one_or_one_for_each_group() -> None:
         grouped_dkd_loss(student, teacher, groups, beta=[1.0, 2.0])
     with pytest.raises(ValueError, match="beta is -1"):
         grouped_dkd_loss(student, teacher, groups, beta=[1.0, -1.0, 1.0])
+
+
+def test_top_k_groups_are_the_first_the_next_and_the_rest() -> None:
+    teacher = torch.tensor([[0.1, 5.0, 3.0, 4.0, -1.0], [9.0, 8.0, 7.0, 6.0, 5.0]])
+    assert top_k_groups(teacher, 3).tolist() == [[2, 0, 1, 1, 2], [0, 1, 1, 2, 2]]
+    student, teacher, _ = normal(8, 6, 1)
+    first = grouped_kl(student, teacher, top_k_groups(teacher, 1), num_groups=3)
+    tckd, nckd = decoupled_kl(student, teacher, teacher.argmax(1))
+    assert_within(first.between, tckd, 1e-14)
+    assert_within(first.within, torch.stack((0 * nckd, 0 * nckd, nckd), dim=1), 1e-14)
+    for k in (0, 6):
+        with pytest.raises(ValueError, match=f"k is {k}; expected 1 to 5"):
+            top_k_groups(teacher, k)
