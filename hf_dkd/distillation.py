@@ -1,12 +1,8 @@
 """The training half of `DKDMixin`: teacher and student side by side in `compute_loss`. No tensor math."""
 
-import inspect
-import logging
 import math
-import os
 from collections.abc import Iterator, Mapping, Sequence
-from functools import lru_cache
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from accelerate.utils import AutocastKwargs
@@ -15,23 +11,9 @@ from transformers import Trainer
 from transformers.trainer_utils import has_length
 
 from . import objective, rows
-from .heads import Head, bare_model, head_of
-from .teacher import TEACHER_PREFIX, Teacher, class_names_of
+from .heads import Head
+from .preparation import DistillationSetup
 from .teacher_check import TeacherCheck
-from .training_args import DKDArgumentsMixin
-
-logger = logging.getLogger(__name__)
-
-
-@lru_cache
-def _named_inputs(model_class: Any) -> frozenset[str]:
-    return frozenset(inspect.signature(model_class.forward).parameters)
-
-
-if TYPE_CHECKING:
-    _Trainer = Trainer
-else:
-    _Trainer = object
 
 
 class TeacherRows(NamedTuple):
@@ -50,56 +32,18 @@ def _is_loss_of(outputs: Any, loss: Tensor) -> bool:
     return first is loss
 
 
-class DistillationTraining(_Trainer):
+class DistillationTraining(DistillationSetup):
     """Counts the labelled rows of an optimizer step, and computes a micro-batch's share of the objective over them."""
 
-    teacher: Teacher | None = None
     # Set by `prediction_step`: what `compute_loss` returns is then the task loss alone.
     _evaluating = False
 
-    def __init__(
-        self, *args: Any, teacher: nn.Module | str | os.PathLike | Teacher | None = None, **kwargs: Any
-    ) -> None:
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._parents_scaling = getattr(self, "loss_is_scaled_for_ga", None)
-        self.teacher = self._load_teacher(teacher)
-        self._class_order: Tensor | None = None
-        self._prepared_student: nn.Module | None = None
-        self._said: set[str] = set()
         self._start_terms()
-        self._prepare_distillation()
 
-    # ---- Settings ----
-
-    @property
-    def dkd_args(self) -> DKDArgumentsMixin:
-        """The distillation settings: `args`, or the defaults where `args` has no such fields."""
-        return self.args if isinstance(self.args, DKDArgumentsMixin) else DKDArgumentsMixin()
-
-    @property
-    def head(self) -> Head | None:
-        """The kind of the student's head, from `dkd_head` or its architecture."""
-        return Head(self.dkd_args.dkd_head) if self.dkd_args.dkd_head else head_of(self._student)
-
-    @property
-    def _student(self) -> Any:
-        # `self.model` may be None for a type checker alone.
-        return self.model
-
-    @property
-    def _known_head(self) -> Head:
-        head = self.head
-        if head is None:
-            raise ValueError(
-                f"{type(bare_model(self._student)).__name__} is not known to emit class or token logits. Set dkd_head "
-                f"to say how its labels stand beside its logits: one of {', '.join(Head)}."
-            )
-        return head
-
-    @property
-    def _the_teacher(self) -> Teacher:
-        assert self.teacher is not None
-        return self.teacher
+    # ---- Counts ----
 
     @property
     def _data_parallel_size(self) -> int:
@@ -116,87 +60,6 @@ class DistillationTraining(_Trainer):
             return False
         head = self.head
         return head is not None and all(rows.has_labels(head, batch, self.label_names) for batch in batches)
-
-    # ---- Teacher ----
-
-    def _load_teacher(self, teacher: nn.Module | str | os.PathLike | Teacher | None) -> Teacher | None:
-        settings = self.dkd_args
-        path = settings.teacher_model_name_or_path
-        if teacher is not None and path is not None:
-            raise ValueError(f"A teacher was passed and teacher_model_name_or_path is {path!r}: give one of the two.")
-        teacher = path if teacher is None else teacher
-        if isinstance(teacher, str | os.PathLike):
-            keywords: Any = settings.teacher_model_init_kwargs or {}
-            revision = settings.teacher_model_revision
-            return Teacher.from_pretrained(teacher, self._student, revision=revision, **keywords)
-        if isinstance(teacher, nn.Module):
-            return Teacher(teacher)
-        if isinstance(teacher, Teacher | None):
-            return teacher
-        raise TypeError(f"teacher is a {type(teacher).__name__}; expected a module, a path or Hub id, or a Teacher.")
-
-    def _prepare_distillation(self) -> None:
-        """Check that teacher and student go together, and place the teacher; once for each student."""
-        if self.teacher is None or self._prepared_student is self.model:
-            return
-        self._refuse_what_cannot_be_distilled()
-        self.teacher.prepare(self._student, self.args.device)
-        order = None
-        if self._known_head.has_named_classes:
-            names, names_of_teacher = class_names_of(self._student), self.teacher.class_names
-            order = rows.class_order(names, names_of_teacher)
-            if names and names_of_teacher and len(names) != len(names_of_teacher):
-                raise ValueError(rows.other_classes(self._known_head, len(names), len(names_of_teacher)))
-            if names and len(names) == 2 and self.dkd_args.distillation == "dkd" and self.dkd_args.dkd_beta > 0:
-                self._say(
-                    "Two classes: NCKD is 0, since only one class is not the target, and dkd_beta does nothing. DKD is "
-                    "then classical distillation weighed by dkd_alpha."
-                )
-        if order is not None:
-            self._say("Reordered the teacher's classes by name to the student's order.")
-        self._class_order = None if order is None else torch.tensor(order, device=self.args.device)
-        self._signature_columns = None
-        self._prepared_student = self.model
-
-    def _refuse_what_cannot_be_distilled(self) -> None:
-        config = getattr(self._student, "config", None)
-        if self._known_head is Head.CLASSIFICATION and getattr(config, "num_labels", 2) == 1:
-            raise ValueError("The student has num_labels=1, a regression head. Distilling needs at least two classes.")
-        if self.args.n_gpu > 1:
-            raise ValueError(
-                f"Distillation does not run under torch.nn.DataParallel ({self.args.n_gpu} GPUs in one process). Start "
-                f"one process for each: accelerate launch --num_processes {self.args.n_gpu} your_script.py"
-            )
-        if self.get_cp_size() * self.get_sp_size() > 1:
-            raise ValueError("Distillation does not run with context or sequence parallelism, which split the rows.")
-
-    def _say(self, message: str) -> None:
-        """Log once, on the main process, at a level that shows without any logging set-up."""
-        if self.is_world_process_zero() and message not in self._said:
-            logger.warning(message)
-        self._said.add(message)
-
-    # ---- Batches ----
-
-    def _set_signature_columns_if_needed(self) -> None:
-        """Keep the columns that only the teacher reads, and `teacher_` ones, when Trainer removes unused columns."""
-        fresh = self._signature_columns is None
-        super()._set_signature_columns_if_needed()
-        if fresh and self.teacher is not None and self._signature_columns is not None:
-            columns = self.teacher.columns
-            main_input = getattr(self._student, "main_input_name", "input_ids")
-            self._signature_columns += [*columns, *(TEACHER_PREFIX + name for name in [*columns, main_input])]
-
-    def _student_columns(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
-        """`inputs` without what only the teacher reads."""
-        student_class: Any = type(bare_model(self._student))
-        named = _named_inputs(student_class)
-        of_teacher = set(self.teacher.columns) if self.teacher is not None and named & set(inputs) else set()
-        keep = named | set(self.label_names)
-        dropped = {
-            name for name in inputs if name not in keep and (name in of_teacher or name.startswith(TEACHER_PREFIX))
-        }
-        return {name: value for name, value in inputs.items() if name not in dropped}
 
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
