@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import Trainer
 from transformers.trainer_utils import has_length
 
-from . import objective, rows
+from . import objective, rows, targets
 from .heads import Head
 from .preparation import DistillationSetup
 from .teacher_check import TeacherCheck
@@ -68,12 +68,31 @@ class DistillationTraining(DistillationSetup):
         batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
         if not self._rescales(batches):
             return batches, count
-        counts = [rows.count_labelled(self._known_head, batch, self.label_names).to(device) for batch in batches]
-        total = torch.stack(counts).sum() if counts else torch.zeros((), dtype=torch.long, device=device)
+        totals = sum(
+            (self._counts(batch).to(device) for batch in batches), torch.zeros(2, dtype=torch.long, device=device)
+        )
         if self.args.average_tokens_across_devices and self.args.world_size > 1:
-            total = self.accelerator.gather(total).sum() // self.get_tp_size()
+            totals = self.accelerator.gather(totals.unsqueeze(0)).sum(0) // self.get_tp_size()
         # A step without any label is a sum of zeros, whatever it is divided by.
-        return batches, total.clamp(min=1)
+        labelled, self._distilled_in_step = totals.clamp(min=1).unbind()
+        return batches, labelled
+
+    def _counts(self, batch: Mapping[str, Any]) -> Tensor:
+        """The labelled rows of a batch, and the distilled ones, (2,): those that the teacher labels too."""
+        head = self._known_head
+        if not self._teacher_labels:
+            return rows.count_labelled(head, batch, self.label_names).expand(2)
+        labels, chosen = self._distilled(batch)
+        return torch.stack(((labels != rows.IGNORE_INDEX).sum(), chosen.sum()))
+
+    @property
+    def _teacher_labels(self) -> bool:
+        """Whether rows without a label are distilled."""
+        return self.teacher is not None and self.dkd_args.dkd_target == "teacher"
+
+    def _distilled(self, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+        encoder_decoder = bool(getattr(getattr(self._student, "config", None), "is_encoder_decoder", False))
+        return targets.distilled(self._known_head, batch, self.label_names, encoder_decoder)
 
     # ---- Loss ----
 
@@ -122,11 +141,10 @@ class DistillationTraining(DistillationSetup):
     def _distillation_loss(
         self, model: nn.Module, inputs: Mapping[str, Any], student_inputs: dict[str, Any], total: Tensor | int | None
     ) -> tuple[Tensor, Any]:
-        settings, head = self.dkd_args, self._known_head
-        count = rows.count_labelled(head, inputs, self.label_names)
-        scale = objective.step_scale(
-            count if total is None else total, 1 if total is None else self._data_parallel_size
-        )
+        settings = self.dkd_args
+        count, distilled = self._counts(inputs).unbind()
+        processes = 1 if total is None else self._data_parallel_size
+        scale = objective.step_scale(count if total is None else total, processes)
         distils = self.teacher is not None and settings.distils
         # Before the student's forward, so that the teacher's activations are gone when the student's are there.
         teacher_rows = self._teacher_rows(inputs) if distils else None
@@ -141,8 +159,12 @@ class DistillationTraining(DistillationSetup):
                 self.state.global_step + 1, self.state.max_steps, self._steps_per_epoch()
             )
             aligned = self._side_by_side(outputs, teacher_rows, f"At step {self.state.global_step + 1}")
-            sums = objective.distillation_sums(aligned, settings)
-            terms |= {name: scale * value for name, value in sums.named().items()}
+            sums = objective.distillation_sums(aligned, settings).named()
+            if self._teacher_labels:
+                sums["teacher_targets"] = distilled - count
+            in_step = self._distilled_in_step if self._teacher_labels and total is not None else total
+            scale = objective.step_scale(distilled if in_step is None else in_step, processes)
+            terms |= {name: scale * value for name, value in sums.items()}
             terms["dkd"] = self._weight * terms["dkd"]
             loss = loss + terms["dkd"]
         self._record(terms, loss)
@@ -158,6 +180,9 @@ class DistillationTraining(DistillationSetup):
     ) -> tuple[Tensor, Any]:
         """The parent's loss as the micro-batch's share of the step, and the student's outputs."""
         head, own_function = self._known_head, self.compute_loss_func is not None
+        if self._teacher_labels and not rows.has_labels(head, inputs, self.label_names):
+            outputs = model(**inputs)
+            return torch.zeros((), device=count.device), outputs
         if own_function:
             loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=total)
             return (loss if total is not None else objective.share_of_step(loss, count, scale)), outputs
@@ -182,12 +207,20 @@ class DistillationTraining(DistillationSetup):
             return self._the_teacher.logits(inputs)
 
     def _teacher_rows(self, inputs: Mapping[str, Any], logits: Tensor | None = None) -> TeacherRows:
-        """The teacher's rows at the labels of `inputs`; its logits are computed unless they are given."""
+        """The teacher's rows at the targets of `inputs`, and its logits are computed; in evaluation at the labels, and
+        they are given.
+        """
         head = self._known_head
-        labels = rows.aligned_labels(head, inputs, self.label_names)
+        if self._teacher_labels and logits is None:
+            logits = self._teacher_logits(inputs)
+            labels, chosen = self._distilled(inputs)
+            if logits.shape[:-1] == labels.shape:
+                labels = targets.filled(labels, chosen, rows.in_order(logits, self._class_order)[..., : self._classes])
+        else:
+            labels = rows.aligned_labels(head, inputs, self.label_names)
+            logits = self._teacher_logits(inputs) if logits is None else logits
         positions = rows.labelled_positions(head, labels)
         visible = inputs.get("attention_mask") if head is Head.QUESTION_ANSWERING else None
-        logits = self._teacher_logits(inputs) if logits is None else logits
         taken = rows.rows_at(logits, labels, positions, "teacher", visible)
         # Before the student's own loss fails on them with less to say.
         rows.check_labels(labels, taken.shape[1])
@@ -222,6 +255,12 @@ class DistillationTraining(DistillationSetup):
         if dataloader is None or not has_length(dataloader):
             return None
         return math.ceil(len(dataloader) / self.args.gradient_accumulation_steps)
+
+    @property
+    def _classes(self) -> int | None:
+        """The rows of the student's vocabulary, beyond which the teacher may have padding; None for other heads."""
+        embeddings = self._student.get_output_embeddings() if self._known_head.has_vocabulary else None
+        return None if embeddings is None else embeddings.weight.shape[0]
 
     def _start_terms(self) -> None:
         self._terms = objective.RunningTerms()

@@ -122,6 +122,11 @@ class DistillationSetup(_Trainer):
         config = getattr(self._student, "config", None)
         if self._known_head is Head.CLASSIFICATION and getattr(config, "num_labels", 2) == 1:
             raise ValueError("The student has num_labels=1, a regression head. Distilling needs at least two classes.")
+        if self._known_head is Head.QUESTION_ANSWERING and self.dkd_args.dkd_target == "teacher":
+            raise ValueError(
+                'dkd_target is "teacher" for a question answering head, whose windows without an answer have none '
+                'to choose: set it to "label".'
+            )
         if self.args.n_gpu > 1:
             raise ValueError(
                 f"Distillation does not run under torch.nn.DataParallel ({self.args.n_gpu} GPUs in one process). Start "

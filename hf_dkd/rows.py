@@ -51,7 +51,7 @@ def aligned_labels(head: Head, batch: Mapping[str, Any], label_names: Sequence[s
     if not has_labels(head, batch, label_names):
         raise ValueError(
             f"The batch has no labels for a {head} head: expected {', '.join(label_columns(head, label_names))} among "
-            f"its columns, got {', '.join(batch)}."
+            f"its columns, got {', '.join(batch)}. With dkd_target=\"teacher\" training needs none."
         )
     if head is Head.QUESTION_ANSWERING:
         return _aligned_positions(batch)

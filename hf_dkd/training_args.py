@@ -55,6 +55,14 @@ class DKDArgumentsMixin:
     distillation: str = field(
         default="dkd", metadata={"help": "'dkd', or 'kd' for classical distillation.", "choices": ["dkd", "kd"]}
     )
+    dkd_target: str = field(
+        default="label",
+        metadata={
+            "help": "'label': rows without a label are not distilled. 'teacher': there the teacher's most likely class "
+            "is the target, so that data may have few labels or none.",
+            "choices": ["label", "teacher"],
+        },
+    )
     dkd_standardize: bool = field(
         default=False,
         metadata={"help": "Take the z-scores of each row of both logits before the temperature (Sun et al. 2024)."},
@@ -131,6 +139,8 @@ class DKDArgumentsMixin:
             )
         if self.distillation not in ("dkd", "kd"):
             raise ValueError(f'distillation is {self.distillation!r}; expected "dkd" or "kd".')
+        if self.dkd_target not in ("label", "teacher"):
+            raise ValueError(f'dkd_target is {self.dkd_target!r}; expected "label" or "teacher".')
         if self.distillation == "kd" and self.dkd_beta != 1:
             raise ValueError(
                 f'dkd_beta is {self.dkd_beta} with distillation="kd", which has no NCKD term of its own: set '

@@ -7,7 +7,12 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from transformers import BertForTokenClassification, ViTForImageClassification
+from transformers import (
+    BertForTokenClassification,
+    GPT2LMHeadModel,
+    ViTForImageClassification,
+    default_data_collator,
+)
 
 from hf_dkd import DKDTrainer
 
@@ -19,6 +24,7 @@ from .trainer_helpers import (
     images,
     labelled_logits,
     logs_of,
+    sentences,
     tagged,
     tiny,
     trained,
@@ -96,3 +102,89 @@ def test_a_division_that_is_none_is_refused(tmp_path: Path, classes: int, option
     student, teacher = (tiny(ViTForImageClassification, seed, num_labels=classes) for seed in (0, 1))
     with pytest.raises(ValueError, match=message):
         trained(tmp_path, student, images(4, classes=classes), teacher, **options)
+
+
+# ---- Rows without a label ----
+
+
+def without_labels(examples: list[dict[str, Any]], names: tuple[str, ...] = ("labels",)) -> list[dict[str, Any]]:
+    return [{key: value for key, value in example.items() if key not in names} for example in examples]
+
+
+def all_logits(model: Any, examples: list[dict[str, Any]]) -> Tensor:
+    """The float64 logits of every row of `examples`, (R, C)."""
+    return model(**default_data_collator(without_labels(examples))).logits.double().flatten(0, -2)
+
+
+def partly_labelled(model: Any) -> list[dict[str, Any]]:
+    """Four examples of which one has no label at all, and the tagger's others have some."""
+    if model is BertForTokenClassification:
+        return tagged([6, 0, 2, 3])
+    return [example | {"labels": -100 if index == 1 else example["labels"]} for index, example in enumerate(images(4))]
+
+
+@pytest.mark.parametrize("labelled", [True, False], ids=["some labels", "no labels"])
+@pytest.mark.parametrize("model", [ViTForImageClassification, BertForTokenClassification])
+@pytest.mark.parametrize("split", [(4, 1), (1, 4), (3, 2)], ids=["4", "1 × 4", "3 + 1"])
+def test_the_teacher_is_the_target_of_rows_without_a_label(
+    tmp_path: Path, model: Any, labelled: bool, split: tuple[int, int]
+) -> None:
+    student, teacher = tiny(model, 0), tiny(model, 1)
+    examples = partly_labelled(model)
+    labels = default_data_collator(examples)["labels"].flatten()
+    labels = labels if labelled else torch.full_like(labels, -100)
+    logits, teacher_logits = all_logits(student, examples), all_logits(teacher, examples)
+    rows = oracle.dkd(logits, teacher_logits, torch.where(labels == -100, teacher_logits.argmax(1), labels), 0.5, 4, 2)
+    hard = cross_entropy(logits, labels, ignore_index=-100) if labelled else torch.zeros(())
+    (0.25 * hard + rows.mean()).backward()
+    expected = torch.cat([parameter.grad.flatten() for parameter in student.parameters()])
+    student.zero_grad()
+
+    sizes = {"per_device_train_batch_size": split[0], "gradient_accumulation_steps": split[1]}
+    args = arguments(tmp_path, **SETTINGS, dkd_target="teacher", **sizes)
+    data = examples if labelled else without_labels(examples)
+    trainer = DKDTrainer(student, args, train_dataset=data, teacher=teacher)
+    assert_close(first_gradient(trainer), expected)
+    (entry,) = logs_of(trainer)
+    assert (entry["ce"], entry["dkd"]) == pytest.approx((hard.item(), rows.mean().item()), rel=1e-5)
+    assert entry["teacher_targets"] == pytest.approx((labels == -100).double().mean().item())
+
+
+def test_labels_are_not_overruled_by_the_teacher(tmp_path: Path) -> None:
+    entries = []
+    for target in ("label", "teacher"):
+        student, teacher = tiny(ViTForImageClassification, 0), tiny(ViTForImageClassification, 1)
+        (entry,) = logs_of(trained(tmp_path, student, images(4), teacher, dkd_target=target))
+        entries.append(entry)
+    assert entries[1].pop("teacher_targets") == 0
+    assert entries[0] == entries[1]
+
+
+def test_a_causal_model_learns_from_raw_text(tmp_path: Path) -> None:
+    student, teacher = tiny(GPT2LMHeadModel, 0), tiny(GPT2LMHeadModel, 1)
+    texts = without_labels(sentences(4))
+    texts[1]["attention_mask"][4:] = 0
+    with torch.no_grad():
+        batch = default_data_collator(texts)
+        kept = batch["attention_mask"].bool()
+        logits, teacher_logits = (one(**batch).logits.double()[kept] for one in (student, teacher))
+    expected = oracle.dkd(logits, teacher_logits, teacher_logits.argmax(1)).mean()
+    (entry,) = logs_of(trained(tmp_path, student, texts, teacher, dkd_target="teacher"))
+    assert entry["dkd"] == pytest.approx(expected.item(), rel=1e-5)
+    assert (entry["ce"], entry["teacher_targets"]) == (0, 1)
+
+
+def test_evaluation_stays_with_the_labels(tmp_path: Path) -> None:
+    found = []
+    for target in ("label", "teacher"):
+        student, teacher = tiny(BertForTokenClassification, 0), tiny(BertForTokenClassification, 1)
+        args = arguments(tmp_path, dkd_target=target, eval_with_teacher=True)
+        metrics = DKDTrainer(student, args, teacher=teacher).evaluate(tagged([6, 0, 2, 3]))
+        found.append({name: metrics[f"eval_{name}"] for name in ("loss", "tckd", "nckd", "teacher_accuracy")})
+    assert found[0] == found[1]
+
+
+def test_data_without_labels_name_the_remedy(tmp_path: Path) -> None:
+    student, teacher = tiny(ViTForImageClassification, 0), tiny(ViTForImageClassification, 1)
+    with pytest.raises(ValueError, match=r'no labels for a classification head.*With dkd_target="teacher"'):
+        trained(tmp_path, student, without_labels(images(4)), teacher)

@@ -23,6 +23,13 @@ NAMES = [
 ]  # fmt: skip
 # With ragged labels and a blank micro-batch; with a loss that Trainer divides itself; with shifted labels.
 NAMES_OF_SEVERAL_STEPS = ["bert_tokens", "convnext", "llama"]
+# Other divisions of the classes, other targets: on one head of whole examples and one of ragged tokens.
+OPTIONS: dict[str, dict[str, Any]] = {
+    "top k": {"dkd_top_k": 2, "dkd_top_k_beta": 2.0},
+    "standardised": {"dkd_standardize": True},
+    "teacher's targets": {"dkd_target": "teacher"},
+}
+NAMES_WITH_OPTIONS = ["vit", "bert_tokens"]
 SETTINGS = {"dkd_alpha": 0.7, "dkd_beta": 3.0, "dkd_temperature": 2.0, "ce_weight": 0.5}
 QUIET = {"save_strategy": "no", "report_to": "none", "disable_tqdm": True, "use_cpu": True}
 LOGGED = ("loss", "ce", "tckd", "nckd", "dkd", "dkd_weight", "teacher_agreement")
@@ -49,7 +56,7 @@ class KeepGradients(TrainerCallback):
         self.gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-def step(name: str, batch_size: int, accumulation: int, output_dir: str) -> dict[str, Any]:
+def step(name: str, batch_size: int, accumulation: int, output_dir: str, **options: Any) -> dict[str, Any]:
     """Gradients of the one optimizer step over the eight examples, its log entry, and evaluations of 5, 6 and 7.
 
     Two processes evaluate two examples each at a time: one, two or three are left for the last batch.
@@ -57,7 +64,7 @@ def step(name: str, batch_size: int, accumulation: int, output_dir: str) -> dict
     args = DKDTrainingArguments(
         output_dir, max_steps=1, per_device_train_batch_size=batch_size, gradient_accumulation_steps=accumulation,
         per_device_eval_batch_size=2, train_sampling_strategy="sequential", learning_rate=0.0, max_grad_norm=0.0,
-        logging_steps=1, eval_with_teacher=True, **QUIET, **SETTINGS,
+        logging_steps=1, eval_with_teacher=True, **QUIET, **SETTINGS, **options,
     )  # fmt: skip
     student, teacher = models(name)
     keep = KeepGradients()
@@ -161,6 +168,11 @@ def main() -> None:
         for split in ((4, 1), (2, 2))
     }
     results |= {("several steps", name): several_steps(name, 1, str(output)) for name in NAMES_OF_SEVERAL_STEPS}
+    results |= {
+        (option, name): step(name, 2, 2, str(output), **settings)
+        for option, settings in OPTIONS.items()
+        for name in NAMES_WITH_OPTIONS
+    }
     results["generation"] = generation(str(output))
     if all(result["world_size"] == 2 for result in results.values()) and int(torch.distributed.get_rank()) == 0:
         torch.save(results, output / "results.pt")

@@ -9,7 +9,16 @@ from typing import Any
 import pytest
 import torch
 
-from .splits import NAMES, NAMES_OF_SEVERAL_STEPS, expected, generation, several_steps, step
+from .splits import (
+    NAMES,
+    NAMES_OF_SEVERAL_STEPS,
+    NAMES_WITH_OPTIONS,
+    OPTIONS,
+    expected,
+    generation,
+    several_steps,
+    step,
+)
 
 ROOT = Path(__file__).parents[2]
 
@@ -77,6 +86,14 @@ def test_two_processes_without_a_teacher_give_the_gradient_of_all_labels(
     name: str, split: tuple[int, int], two_processes: dict[Any, Any]
 ) -> None:
     assert_same_gradients(two_processes["without teacher", name, *split]["gradients"], expected(name, distils=False))
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize("name", NAMES_WITH_OPTIONS)
+def test_two_processes_give_the_same_step_with_each_option(
+    name: str, option: str, two_processes: dict[Any, Any], tmp_path: Path
+) -> None:
+    assert_same_step(two_processes[option, name], step(name, 8, 1, str(tmp_path), **OPTIONS[option]))
 
 
 @pytest.mark.parametrize("name", NAMES_OF_SEVERAL_STEPS)
