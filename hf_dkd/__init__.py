@@ -1,6 +1,6 @@
 """Decoupled Knowledge Distillation (Zhao et al., CVPR 2022) for Hugging Face Transformers."""
 
-from .data import DataCollatorWithTeacherInputs
+from .data import DataCollatorForMixup, DataCollatorWithTeacherInputs
 from .losses import decoupled_kl, dkd_loss, kd_loss
 from .teacher import Teacher
 from .trainer import DKDMixin, DKDSeq2SeqTrainer, DKDTrainer
@@ -15,6 +15,7 @@ __all__ = [
     "DKDSeq2SeqTrainingArguments",
     "DKDTrainer",
     "DKDTrainingArguments",
+    "DataCollatorForMixup",
     "DataCollatorWithTeacherInputs",
     "Teacher",
     "decoupled_kl",

@@ -23,6 +23,7 @@ class TeacherRows(NamedTuple):
     labels: Tensor
     positions: Tensor | None
     visible: Tensor | None
+    weights: Tensor | None
     columns: list[str]
 
 
@@ -54,7 +55,7 @@ class DistillationTraining(DistillationSetup):
 
     def _rescales(self, batches: Sequence[Mapping[str, Any]]) -> bool:
         """Whether the loss of `batches` is divided by our count of rows rather than by Trainer's rule."""
-        if self.teacher is not None:
+        if self.teacher is not None or any(self._mixed(batch) is not None for batch in batches):
             return True
         if self.args.n_gpu > 1 or (self.args.world_size == 1 and self.args.gradient_accumulation_steps == 1):
             return False
@@ -66,6 +67,8 @@ class DistillationTraining(DistillationSetup):
     ) -> tuple[list, Tensor | int | None]:
         """Trainer's, with N, our count of labelled rows in the optimizer step over all data-parallel processes."""
         batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
+        for batch in batches[:1]:
+            self._settle_problem_type(batch)
         if not self._rescales(batches):
             return batches, count
         totals = sum(
@@ -79,11 +82,16 @@ class DistillationTraining(DistillationSetup):
 
     def _counts(self, batch: Mapping[str, Any]) -> Tensor:
         """The labelled rows of a batch, and the distilled ones, (2,): those that the teacher labels too."""
-        head = self._known_head
         if not self._teacher_labels:
-            return rows.count_labelled(head, batch, self.label_names).expand(2)
+            count = rows.count_labelled(self._known_head, batch, self.label_names)
+            return torch.stack((count, count * self._rows_of_a_label))
         labels, chosen = self._distilled(batch)
-        return torch.stack(((labels != rows.IGNORE_INDEX).sum(), chosen.sum()))
+        return torch.stack(((labels != rows.IGNORE_INDEX).sum(), chosen.sum() * self._rows_of_a_label))
+
+    @property
+    def _rows_of_a_label(self) -> int:
+        """How many rows a labelled example has: one for each label of a multi-label head, otherwise one."""
+        return self._student.config.num_labels if self._known_head is Head.MULTI_LABEL else 1
 
     @property
     def _teacher_labels(self) -> bool:
@@ -107,6 +115,7 @@ class DistillationTraining(DistillationSetup):
 
         `num_items_in_batch` is N, the labelled rows of the optimizer step; without it, those of the micro-batch.
         """
+        self._settle_problem_type(inputs)
         self._prepare_distillation()
         student_inputs = self._student_columns(inputs)
         if not self._rescales([inputs]):
@@ -124,6 +133,9 @@ class DistillationTraining(DistillationSetup):
 
     def _task_loss(self, model: nn.Module, inputs: dict[str, Any], total: Tensor | int | None) -> tuple[Tensor, Any]:
         """The parent's loss on this batch alone, as Trainer computes it on one process."""
+        if (weights := self._mixed(inputs)) is not None and self.compute_loss_func is None:
+            loss, outputs = self._mixed_loss(model, inputs)
+            return loss / len(weights), outputs
         count = None
         if total is not None or self.compute_loss_func is not None:
             # Trainer's own count, which is not ours for GPT-2: equal numbers are comparable numbers.
@@ -161,9 +173,11 @@ class DistillationTraining(DistillationSetup):
             aligned = self._side_by_side(outputs, teacher_rows, f"At step {self.state.global_step + 1}")
             sums = objective.distillation_sums(aligned, settings).named()
             if self._teacher_labels:
-                sums["teacher_targets"] = distilled - count
-            in_step = self._distilled_in_step if self._teacher_labels and total is not None else total
-            scale = objective.step_scale(distilled if in_step is None else in_step, processes)
+                sums["teacher_targets"] = distilled - count * self._rows_of_a_label
+            in_step: Tensor | int = distilled
+            if total is not None:
+                in_step = self._distilled_in_step if self._teacher_labels else total * self._rows_of_a_label
+            scale = objective.step_scale(in_step, processes)
             terms |= {name: scale * value for name, value in sums.items()}
             terms["dkd"] = self._weight * terms["dkd"]
             loss = loss + terms["dkd"]
@@ -183,6 +197,9 @@ class DistillationTraining(DistillationSetup):
         if self._teacher_labels and not rows.has_labels(head, inputs, self.label_names):
             outputs = model(**inputs)
             return torch.zeros((), device=count.device), outputs
+        if self._mixed(inputs) is not None and not own_function:
+            loss, outputs = self._mixed_loss(model, inputs)
+            return loss * scale, outputs
         if own_function:
             loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=total)
             return (loss if total is not None else objective.share_of_step(loss, count, scale)), outputs
@@ -193,6 +210,14 @@ class DistillationTraining(DistillationSetup):
             labels = rows.aligned_labels(head, inputs)
             return objective.cross_entropy_sum(rows.logits_of(outputs, "student", head), labels) * scale, outputs
         return objective.share_of_step(loss, count, scale), outputs
+
+    def _mixed_loss(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, Any]:
+        """The cross-entropy of mixed examples, summed, and the student's outputs."""
+        (name,) = rows.label_columns(self._known_head, self.label_names)
+        rows.check_mixed(inputs[name])
+        outputs = model(**{key: value for key, value in inputs.items() if key != name})
+        logits = rows.logits_of(outputs, "student", self.head)
+        return objective.mixed_cross_entropy_sum(logits, inputs[name], self.args.label_smoothing_factor), outputs
 
     def _record(self, terms: dict[str, Tensor], loss: Tensor) -> None:
         """Add the terms of a micro-batch to the running ones, as Trainer does with the loss."""
@@ -224,16 +249,18 @@ class DistillationTraining(DistillationSetup):
         taken = rows.rows_at(logits, labels, positions, "teacher", visible)
         # Before the student's own loss fails on them with less to say.
         rows.check_labels(labels, taken.shape[1])
-        return TeacherRows(taken, labels, positions, visible, self._the_teacher.columns_in(inputs))
+        weights = rows.class_weights(head, inputs, self.label_names)
+        rows.check_weights(weights, taken)
+        return TeacherRows(taken, labels, positions, visible, weights, self._the_teacher.columns_in(inputs))
 
     def _side_by_side(self, outputs: Any, teacher: TeacherRows, moment: str) -> rows.Rows:
         """The student's rows beside the teacher's, over the same classes and checked."""
-        head, (teacher_rows, labels, positions, visible, columns) = self._known_head, teacher
+        head, (teacher_rows, labels, positions, visible, weights, columns) = self._known_head, teacher
         logits = rows.logits_of(outputs, "student", head)
         student_rows = rows.rows_at(logits, labels, positions, "student", visible)
         labels = labels.flatten() if positions is None else labels.flatten().index_select(0, positions)
-        aligned = rows.aligned_rows(head, student_rows, teacher_rows, labels, self._class_order)
-        if aligned.student.shape[1] < max(student_rows.shape[1], teacher_rows.shape[1]):
+        aligned = rows.aligned_rows(head, student_rows, teacher_rows, labels, self._class_order, weights)
+        if head.has_vocabulary and aligned.student.shape[1] < max(student_rows.shape[1], teacher_rows.shape[1]):
             self._say(
                 f"Vocabularies of {student_rows.shape[1]} (student) and {teacher_rows.shape[1]} (teacher) rows: only "
                 f"the {aligned.student.shape[1]} that they share are distilled, the others are taken for padding."

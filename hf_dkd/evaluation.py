@@ -85,7 +85,7 @@ class DistillationEvaluation(DistillationTraining):
         if with_terms or with_logits:
             teacher_logits = self._teacher_logits(inputs)
             if with_terms:
-                self._add_eval_terms(inputs, outputs[0], teacher_logits)
+                self._add_eval_terms(inputs, outputs[0], teacher_logits, counted)
             if with_logits:
                 ordered: Any = rows.in_order(teacher_logits, self._class_order)
                 # Start and end logits apart, as the student's: along the first dimension stand the examples.
@@ -94,9 +94,15 @@ class DistillationEvaluation(DistillationTraining):
         return loss, logits, labels
 
     @torch.no_grad()
-    def _add_eval_terms(self, inputs: Mapping[str, Any], outputs: Any, teacher_logits: Tensor) -> None:
+    def _add_eval_terms(
+        self, inputs: Mapping[str, Any], outputs: Any, teacher_logits: Tensor, counted: int | None
+    ) -> None:
         moment = f"In evaluation after step {self.state.global_step}"
-        aligned = self._side_by_side(outputs, self._teacher_rows(inputs, teacher_logits), moment)
+        teacher_rows = self._teacher_rows(inputs, teacher_logits)
+        if teacher_rows.weights is not None and counted is not None:
+            # Labels with a number for each class cannot say that an example does not count.
+            teacher_rows.labels[counted:] = rows.IGNORE_INDEX
+        aligned = self._side_by_side(outputs, teacher_rows, moment)
         sums = objective.distillation_sums(aligned, self.dkd_args)
         parts = {name: value for name, value in sums.named().items() if name != "dkd"}
         self._eval_terms.add(

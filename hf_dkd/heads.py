@@ -14,6 +14,8 @@ class Head(StrEnum):
 
     CLASSIFICATION = "classification"
     """(B, C), labels (B,): images, video, audio, text."""
+    MULTI_LABEL = "multi_label"
+    """(B, C), labels (B, C) of 0 and 1: several labels an example, each a two-class problem with one logit."""
     TOKEN_CLASSIFICATION = "token_classification"
     """(B, L, C), labels (B, L)."""
     MULTIPLE_CHOICE = "multiple_choice"
@@ -28,7 +30,7 @@ class Head(StrEnum):
     @property
     def has_named_classes(self) -> bool:
         """Whether `config.id2label` names the columns of the logits."""
-        return self in (Head.CLASSIFICATION, Head.TOKEN_CLASSIFICATION)
+        return self in (Head.CLASSIFICATION, Head.MULTI_LABEL, Head.TOKEN_CLASSIFICATION)
 
     @property
     def has_vocabulary(self) -> bool:
@@ -94,7 +96,8 @@ def bare_model(model: Any) -> nn.Module:
 
 
 def head_of(model: nn.Module) -> Head | None:
-    """The kind of head of `model`, from its architecture; None where the architecture is not known.
+    """The kind of head of `model`, from its architecture, and for several labels an example from its
+    `config.problem_type`; None where the architecture is not known.
 
     `model.loss_type` does not tell: it is None for GPT2LMHeadModel, BertLMHeadModel and multiple choice, and names the
     shifting loss for T5 and BART, which do not shift.
@@ -106,7 +109,8 @@ def head_of(model: nn.Module) -> Head | None:
     head = family[1]
     if head is Head.CAUSAL_LM and getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         return Head.LM
-    return head
+    several = getattr(getattr(model, "config", None), "problem_type", None) == "multi_label_classification"
+    return Head.MULTI_LABEL if head is Head.CLASSIFICATION and several else head
 
 
 def auto_class_name(model: nn.Module) -> str | None:

@@ -10,7 +10,7 @@ from torch.nn.functional import cross_entropy
 
 from .losses.arithmetic import student_masks_mass
 from .losses.decoupled import row_divergences, row_kl, unusable_teacher_rows, weighted_sum
-from .losses.grouped import row_grouped_kl, top_k_groups, weighted_groups
+from .losses.grouped import mixed_groups, row_grouped_kl, top_k_groups, weighted_groups
 from .losses.standardized import standardized
 from .rows import IGNORE_INDEX, Rows
 from .training_args import DKDArgumentsMixin
@@ -22,9 +22,10 @@ class DistillationSums(NamedTuple):
     dkd: Tensor
     """The weighted divergences times T², without the warm-up weight."""
     tckd: Tensor
-    """TCKD; with `dkd_top_k`, the divergence between the teacher's first class, its next ones, and the rest."""
+    """TCKD; of mixed examples the divergence between the two classes and the rest, with `dkd_top_k` that between the
+    teacher's first class, its next ones, and the rest."""
     nckd: Tensor
-    """NCKD; with `dkd_top_k`, the divergence among the rest."""
+    """NCKD: the divergence among the rest."""
     teacher_agreement: Tensor
     """Rows where the argmaxes of student and teacher are the same class."""
     top_k: Tensor | None = None
@@ -37,21 +38,25 @@ class DistillationSums(NamedTuple):
 
 def distillation_sums(rows: Rows, settings: DKDArgumentsMixin) -> DistillationSums:
     """The distillation term of `rows` and its parts, at the temperature and weights of `settings`."""
-    student, teacher, labels = rows
+    student, teacher, labels, mixed = rows
     labelled, labels = labels != IGNORE_INDEX, labels.clamp(min=0)
     temperature, top_k = settings.dkd_temperature, None
     if settings.dkd_standardize:
         student, teacher = standardized(student), standardized(teacher)
+    divided = student.detach() if settings.distillation == "kd" else student
+    groups = None if mixed is None else mixed_groups(mixed)
+    if settings.dkd_top_k:
+        groups = top_k_groups(teacher, settings.dkd_top_k)
+    if groups is not None:
+        parts = row_grouped_kl(divided, teacher, groups, 3, temperature=temperature)
+        terms = weighted_groups(parts, settings.dkd_alpha, (0.0, settings.dkd_top_k_beta, settings.dkd_beta))
+        tckd, (_, second, nckd) = parts.between, parts.within.unbind(1)
+        top_k = second if settings.dkd_top_k else None
+    else:
+        tckd, nckd = row_divergences(divided, teacher, labels, temperature=temperature)
+        terms = weighted_sum(tckd, nckd, settings.dkd_alpha, settings.dkd_beta)
     if settings.distillation == "kd":
         terms = settings.dkd_alpha * row_kl(student, teacher, temperature=temperature)
-        tckd, nckd = row_divergences(student.detach(), teacher, labels, temperature=temperature)
-    elif settings.dkd_top_k:
-        parts = row_grouped_kl(student, teacher, top_k_groups(teacher, settings.dkd_top_k), 3, temperature=temperature)
-        terms = weighted_groups(parts, settings.dkd_alpha, (0.0, settings.dkd_top_k_beta, settings.dkd_beta))
-        tckd, (_, top_k, nckd) = parts.between, parts.within.unbind(1)
-    else:
-        tckd, nckd = row_divergences(student, teacher, labels, temperature=temperature)
-        terms = weighted_sum(tckd, nckd, settings.dkd_alpha, settings.dkd_beta)
 
     def total(values: Tensor) -> Tensor:
         return torch.where(labelled, values, 0.0).sum()
@@ -90,6 +95,12 @@ def cross_entropy_sum(logits: Tensor, labels: Tensor) -> Tensor:
     """Cross-entropy of logits (..., C) at labels (...), summed over the rows not labelled -100, in fp32 or more."""
     rows, dtype = logits.flatten(0, -2), torch.promote_types(logits.dtype, torch.float32)
     return cross_entropy(rows.to(dtype), labels.flatten(), ignore_index=IGNORE_INDEX, reduction="sum")
+
+
+def mixed_cross_entropy_sum(logits: Tensor, weights: Tensor, smoothing: float) -> Tensor:
+    """Cross-entropy of logits (N, C) with the class weights of mixed examples (N, C), summed, in fp32 or more."""
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    return cross_entropy(logits.to(dtype), weights.to(dtype), label_smoothing=smoothing, reduction="sum")
 
 
 class RunningTerms:

@@ -62,6 +62,27 @@ class DistillationSetup(_Trainer):
         # `self.model` may be None for a type checker alone.
         return self.model
 
+    def _settle_problem_type(self, batch: Mapping[str, Any]) -> None:
+        """Take labels with a number for each class as several labels, as the heads of transformers do unless told."""
+        config = self._config
+        undecided = self.dkd_args.dkd_head is None and getattr(config, "problem_type", "") is None
+        if not undecided or config.num_labels < 2 or self.head is not Head.CLASSIFICATION:
+            return
+        if rows.class_weights(Head.CLASSIFICATION, batch, self.label_names) is not None:
+            config.problem_type = "multi_label_classification"
+            self._prepared_student = None
+
+    def _mixed(self, batch: Mapping[str, Any]) -> Tensor | None:
+        """The class weights of mixed examples, which no head of transformers takes; None where they have labels."""
+        told = getattr(self._config, "problem_type", None)
+        mixes = told == "single_label_classification" or (told is None and self.dkd_args.dkd_head is not None)
+        mixes = mixes and self.head is Head.CLASSIFICATION
+        return rows.class_weights(Head.CLASSIFICATION, batch, self.label_names) if mixes else None
+
+    @property
+    def _config(self) -> Any:
+        return getattr(bare_model(self._student), "config", None)
+
     @property
     def _known_head(self) -> Head:
         head = self.head
@@ -107,21 +128,34 @@ class DistillationSetup(_Trainer):
             order = rows.class_order(names, names_of_teacher)
             if names and names_of_teacher and len(names) != len(names_of_teacher):
                 raise ValueError(rows.other_classes(self._known_head, len(names), len(names_of_teacher)))
-            if names and len(names) == 2 and self.dkd_args.distillation == "dkd" and self.dkd_args.dkd_beta > 0:
-                self._say(
-                    "Two classes: NCKD is 0, since only one class is not the target, and dkd_beta does nothing. DKD is "
-                    "then classical distillation weighed by dkd_alpha."
-                )
+            if self._known_head is Head.MULTI_LABEL:
+                self._say_that_nckd_is_empty("Several labels per example, each a two-class problem")
+            elif names and len(names) == 2:
+                self._say_that_nckd_is_empty("Two classes")
         if order is not None:
             self._say("Reordered the teacher's classes by name to the student's order.")
         self._class_order = None if order is None else torch.tensor(order, device=self.args.device)
         self._signature_columns = None
         self._prepared_student = self.model
 
+    def _say_that_nckd_is_empty(self, why: str) -> None:
+        if self.dkd_args.distillation == "dkd" and self.dkd_args.dkd_beta > 0:
+            self._say(
+                f"{why}: NCKD is 0, since only one class is not the target, and dkd_beta does nothing. DKD is then "
+                "classical distillation weighed by dkd_alpha."
+            )
+
     def _refuse_what_cannot_be_distilled(self) -> None:
-        config = getattr(self._student, "config", None)
-        if self._known_head is Head.CLASSIFICATION and getattr(config, "num_labels", 2) == 1:
+        if self._known_head is Head.CLASSIFICATION and getattr(self._config, "num_labels", 2) == 1:
             raise ValueError("The student has num_labels=1, a regression head. Distilling needs at least two classes.")
+        if self._known_head is Head.CLASSIFICATION and getattr(self._config, "problem_type", None) == "regression":
+            raise ValueError('The student\'s config.problem_type is "regression". Distilling needs classes.')
+        if self._known_head is Head.MULTI_LABEL and (self.dkd_args.dkd_top_k or self.dkd_args.dkd_standardize):
+            name = "dkd_top_k" if self.dkd_args.dkd_top_k else "dkd_standardize"
+            raise ValueError(
+                f"{name} is set for a multi-label head, where each label is a problem of two classes: there is nothing "
+                "to rank or to standardise among them. Leave it out."
+            )
         if self._known_head is Head.QUESTION_ANSWERING and self.dkd_args.dkd_target == "teacher":
             raise ValueError(
                 'dkd_target is "teacher" for a question answering head, whose windows without an answer have none '
@@ -140,6 +174,15 @@ class DistillationSetup(_Trainer):
         if self.is_world_process_zero() and message not in self._said:
             logger.warning(message)
         self._said.add(message)
+
+    def get_train_dataloader(self) -> Any:
+        """Trainer's, with the training half of a collator that has one, such as `DataCollatorForMixup`."""
+        collator = self.data_collator
+        self.data_collator = getattr(collator, "for_training", collator)
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self.data_collator = collator
 
     # ---- Columns ----
 

@@ -26,6 +26,8 @@ class Rows(NamedTuple):
     student: Tensor
     teacher: Tensor
     labels: Tensor
+    mixed: Tensor | None = None
+    """(R, C) weights of the classes in examples that are mixed of several, as by mixup; the labels are then void."""
 
 
 def label_columns(head: Head, label_names: Sequence[str] = ("labels",)) -> tuple[str, ...]:
@@ -45,29 +47,45 @@ def has_labels(head: Head, batch: Mapping[str, Any], label_names: Sequence[str] 
 def aligned_labels(head: Head, batch: Mapping[str, Any], label_names: Sequence[str] = ("labels",)) -> Tensor:
     """Labels where their logits stand: (B,), (B, L), or (2, B) start and end positions; -100 where there is no label.
 
+    Zeros for examples with a weight for each class instead of a label: see `class_weights`.
+
     Raises:
-        ValueError: where the batch has no labels, or float labels (multi-label and regression targets).
+        ValueError: where the batch has no labels, or float labels as for regression.
     """
     if not has_labels(head, batch, label_names):
         raise ValueError(
             f"The batch has no labels for a {head} head: expected {', '.join(label_columns(head, label_names))} among "
-            f"its columns, got {', '.join(batch)}. With dkd_target=\"teacher\" training needs none."
+            f'its columns, got {", ".join(batch)}. With dkd_target="teacher" training needs none.'
         )
     if head is Head.QUESTION_ANSWERING:
         return _aligned_positions(batch)
     if head is Head.CAUSAL_LM and batch.get("shift_labels") is not None:
         return batch["shift_labels"]
     labels = batch[label_columns(head, label_names)[0]]
+    if class_weights(head, batch, label_names) is not None:
+        return torch.zeros(len(labels), dtype=torch.long, device=labels.device)
     if labels.is_floating_point():
         raise ValueError(
-            f"The labels are {labels.dtype} of shape {tuple(labels.shape)}, as for regression or several labels per "
-            f"example. Distilling a {head} head takes one class index per decision (torch.int64)."
+            f"The labels are {labels.dtype} of shape {tuple(labels.shape)}, as for regression. Distilling a {head} "
+            "head takes one class index per decision (torch.int64)."
         )
     if head is Head.CAUSAL_LM:
         return pad(labels[..., 1:], (0, 1), value=IGNORE_INDEX)
     if head in (Head.CLASSIFICATION, Head.MULTIPLE_CHOICE) and labels.numel() == len(labels):
         return labels.reshape(-1)
     return labels
+
+
+def class_weights(head: Head, batch: Mapping[str, Any], label_names: Sequence[str] = ("labels",)) -> Tensor | None:
+    """The labels of classified examples that have a number for each class, (B, C); None where they have not.
+
+    Of a multi-label head they are 0 or 1, of others the shares of the classes in a mixed example.
+    """
+    if head not in (Head.CLASSIFICATION, Head.MULTI_LABEL):
+        return None
+    labels = batch.get(label_columns(head, label_names)[0])
+    many = isinstance(labels, Tensor) and labels.ndim == 2 and (head is Head.MULTI_LABEL or labels.is_floating_point())
+    return labels if many else None
 
 
 def count_labelled(head: Head, batch: Mapping[str, Any], label_names: Sequence[str] = ("labels",)) -> Tensor:
@@ -147,7 +165,7 @@ def labelled_positions(head: Head, labels: Tensor) -> Tensor | None:
     Finding them reads the device once, which pays for tokens, most of which may have no label. The other heads take all
     rows, and mask those without a label: nothing is read.
     """
-    if head in (Head.CLASSIFICATION, Head.MULTIPLE_CHOICE, Head.QUESTION_ANSWERING):
+    if head in (Head.CLASSIFICATION, Head.MULTI_LABEL, Head.MULTIPLE_CHOICE, Head.QUESTION_ANSWERING):
         return None
     return (labels.flatten() != IGNORE_INDEX).nonzero().squeeze(1)
 
@@ -188,13 +206,47 @@ def check_labels(labels: Tensor, classes: int) -> None:
         )
 
 
-def aligned_rows(head: Head, student: Tensor, teacher: Tensor, labels: Tensor, order: Tensor | None = None) -> Rows:
+def check_weights(weights: Tensor | None, logits: Tensor) -> None:
+    """Raise a `ValueError` for `class_weights` that are not one for each of the logits (N, C)."""
+    if weights is not None and weights.shape != logits.shape:
+        raise ValueError(
+            f"The labels have shape {tuple(weights.shape)} for logits of shape {tuple(logits.shape)}: expected a "
+            "number for each class."
+        )
+
+
+def check_mixed(weights: Tensor) -> None:
+    """Raise a `ValueError` for weights (N, C) that are not shares of one or two classes; on a CPU only."""
+    if weights.device.type != "cpu":
+        return
+    positive = (weights > 0).sum(1)
+    if ((weights < 0).any(1) | ((weights.sum(1) - 1).abs() > 1e-2)).any():
+        raise ValueError(
+            "The labels are class weights with rows that are negative or do not sum to 1. Mixed examples have shares "
+            'of classes; for several labels an example set config.problem_type = "multi_label_classification".'
+        )
+    if positive.max() > 2:
+        raise ValueError(
+            f"An example has {int(positive.max())} classes of positive weight; mixing gives two. Leave smoothing to "
+            "the hard-label loss: label_smoothing_factor in the training arguments, not in the collator."
+        )
+
+
+def aligned_rows(
+    head: Head,
+    student: Tensor,
+    teacher: Tensor,
+    labels: Tensor,
+    order: Tensor | None = None,
+    weights: Tensor | None = None,
+) -> Rows:
     """Bring rows of student (R, C) and teacher (R, C) to the same classes.
 
     Args:
         labels: (R,), -100 where a row has none.
         order: the teacher's column for each of the student's classes; see `class_order`. Vocabularies that differ in
             padding rows are cut to the rows they share.
+        weights: (R, C), the `class_weights`, if any. The rows of a multi-label head become R·C rows of two classes.
 
     Raises:
         ValueError: for different numbers of classes, a single class, or, on a CPU, labels outside the classes.
@@ -206,12 +258,26 @@ def aligned_rows(head: Head, student: Tensor, teacher: Tensor, labels: Tensor, o
         student, teacher = student[:, :shared], teacher[:, :shared]
     if student.shape[1] != teacher.shape[1]:
         raise ValueError(other_classes(head, student_classes, teacher_classes))
+    if head is Head.MULTI_LABEL:
+        return _rows_of_each_label(student, teacher, labels, weights)
     if student.shape[1] < 2:
         raise ValueError(
             "The student's head has one output, as for regression. Distillation needs at least two classes."
         )
+    if weights is not None:
+        labels = torch.where(labels == IGNORE_INDEX, labels, weights.argmax(1))
     check_labels(labels, student.shape[1])
-    return Rows(student, teacher, labels.long())
+    return Rows(student, teacher, labels.long(), weights)
+
+
+def _rows_of_each_label(student: Tensor, teacher: Tensor, labels: Tensor, weights: Tensor | None) -> Rows:
+    # A logit z and its sigmoid are the softmax of (0, z). Without labels, the teacher's decision is the target.
+    student_pairs, teacher_pairs = (
+        torch.stack((torch.zeros_like(logits), logits), dim=-1).flatten(0, 1) for logits in (student, teacher)
+    )
+    present = (teacher > 0 if weights is None else weights > 0.5).long()
+    targets = torch.where(labels.unsqueeze(1) == IGNORE_INDEX, labels.unsqueeze(1), present)
+    return Rows(student_pairs, teacher_pairs, targets.flatten())
 
 
 def other_classes(head: Head, student_classes: int, teacher_classes: int) -> str:

@@ -10,7 +10,7 @@ from torch import Tensor
 from . import rows
 from .heads import Head
 
-_PER_EXAMPLE = (Head.CLASSIFICATION, Head.MULTIPLE_CHOICE)
+_PER_EXAMPLE = (Head.CLASSIFICATION, Head.MULTI_LABEL, Head.MULTIPLE_CHOICE)
 
 
 def distilled(

@@ -63,10 +63,10 @@ class DigitsArguments(DKDTrainingArguments):
     eval_with_teacher: bool = True
 
 
-def vit(hidden_size: int, layers: int) -> ViTForImageClassification:
+def vit(hidden_size: int, layers: int, **other: Any) -> ViTForImageClassification:
     size: dict[str, Any] = {"hidden_size": hidden_size, "intermediate_size": 2 * hidden_size, "num_labels": 10}
     config = ViTConfig(
-        image_size=8, patch_size=4, num_channels=1, num_attention_heads=4, num_hidden_layers=layers, **size
+        image_size=8, patch_size=4, num_channels=1, num_attention_heads=4, num_hidden_layers=layers, **size | other
     )
     return ViTForImageClassification(config)
 
@@ -84,8 +84,11 @@ def accuracy(prediction: EvalPrediction) -> dict[str, float]:
     return {"accuracy": float((logits.argmax(-1) == prediction.label_ids).mean())}
 
 
-def fit(args: DigitsArguments, model: Any, teacher: Any, train: Any, test: Any) -> tuple[DKDTrainer, dict]:
-    trainer = DKDTrainer(model, args, train_dataset=train, eval_dataset=test, compute_metrics=accuracy, teacher=teacher)
+def fit(
+    args: DigitsArguments, model: Any, teacher: Any, train: Any, test: Any, **options: Any
+) -> tuple[DKDTrainer, dict]:
+    given = {"compute_metrics": accuracy, "teacher": teacher} | options
+    trainer = DKDTrainer(model, args, train_dataset=train, eval_dataset=test, **given)
     trainer.remove_callback(PrinterCallback)
     start = time.perf_counter()
     trainer.train()
@@ -110,10 +113,11 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
         spread = f" ± {row[f'{name}_spread']:.2f}" if f"{name}_spread" in row else ""
         return f"{row[name]:.2f}{spread}" if name in row else ""
 
-    lines = [f"{'':<14} {'test accuracy %':>16} {'agreement %':>14} {'parameters':>11} {'seconds':>8}"]
+    width = max(14, *(len(name) for name in rows))
+    lines = [f"{'':<{width}} {'test accuracy %':>16} {'agreement %':>14} {'parameters':>11} {'seconds':>8}"]
     for name, row in rows.items():
         scores = f"{percent(row, 'accuracy'):>16} {percent(row, 'teacher_agreement'):>14}"
-        lines.append(f"{name:<14} {scores} {row['parameters']:>11,} {row['seconds']:>8.1f}")
+        lines.append(f"{name:<{width}} {scores} {row['parameters']:>11,} {row['seconds']:>8.1f}")
     return "\n".join(lines)
 
 

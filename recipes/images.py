@@ -32,6 +32,8 @@ class AugmentationArguments:
     horizontal_flip: bool = option(True, "Mirror every other image.")
     rand_augment_layers: int = option(2, "Operations of RandAugment on each image; 0 switches it off.")
     rand_augment_magnitude: int = option(9, "Their strength, 0 to 30.")
+    mixup_alpha: float = option(0.0, "Mix images two by two, with shares from Beta(alpha, alpha); 0 switches it off.")
+    cutmix_alpha: float = option(0.0, "The same for CutMix. With both, each batch takes one of them.")
 
     def __post_init__(self) -> None:
         for name, most in (("random_crop_padding", 1), ("rand_augment_layers", 14), ("rand_augment_magnitude", 30)):

@@ -22,7 +22,7 @@ from images import AugmentationArguments, AugmentedImages, CountEpochs, ImageCol
 from options import fail, option, parse
 from transformers import AutoConfig, AutoModelForImageClassification, set_seed
 
-from hf_dkd import DataCollatorWithTeacherInputs, DKDTrainer, DKDTrainingArguments
+from hf_dkd import DataCollatorForMixup, DataCollatorWithTeacherInputs, DKDTrainer, DKDTrainingArguments
 from hf_dkd.metrics import classification_metrics
 
 STUDENT, TEACHER = "WinKawaks/vit-tiny-patch16-224", "pkr7098/cifar100-vit-base-patch16-224-in21k"
@@ -97,6 +97,9 @@ def build(data: ImageArguments, student: StudentArguments, args: ImageTrainingAr
             teacher_processor = load_processor(teacher, config, revision)
             if teacher_processor.to_dict() != processor.to_dict():
                 collator = DataCollatorWithTeacherInputs(collator, ImageCollator(teacher_processor))
+        if data.mixup_alpha or data.cutmix_alpha:
+            model.config.problem_type = "single_label_classification"  # shares of classes, not several labels
+            collator = DataCollatorForMixup(collator, len(names), data.mixup_alpha, data.cutmix_alpha)
         trainer = DKDTrainer(
             model=model,
             args=args,

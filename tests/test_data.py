@@ -17,7 +17,7 @@ from transformers import (
     default_data_collator,
 )
 
-from hf_dkd import DataCollatorWithTeacherInputs, Teacher
+from hf_dkd import DataCollatorForMixup, DataCollatorWithTeacherInputs, Teacher
 
 from .models import ARCHITECTURES
 
@@ -182,3 +182,89 @@ def test_it_can_be_pickled_for_worker_processes() -> None:
     ):
         batch, expected = pickle.loads(pickle.dumps(collator))(examples), collator(examples)
         assert all(torch.equal(batch[name], expected[name]) for name in expected)
+
+
+# ---- Mixup and CutMix ----
+
+
+def constant_images(examples: list[int]) -> dict[str, Tensor]:
+    """Image number i is i everywhere, and of class i; the teacher's twice as large."""
+    values = torch.tensor(examples, dtype=torch.float32)[:, None, None, None]
+    return {
+        "pixel_values": values.expand(-1, 3, 8, 12),
+        "teacher_pixel_values": values.expand(-1, 3, 16, 24),
+        "labels": torch.tensor(examples),
+    }
+
+
+def mixtures(alpha: dict[str, float], count: int = 40) -> list[dict[str, Tensor]]:
+    collator = DataCollatorForMixup(constant_images, num_classes=9, **alpha)
+    return [collator.for_training([first % 9, (first + 1) % 9, (first + 4) % 9]) for first in range(count)]
+
+
+def test_mixup_mixes_images_and_labels_by_the_same_share() -> None:
+    for batch in mixtures({"mixup_alpha": 0.8, "cutmix_alpha": 0.0}):
+        values = batch["labels"] @ torch.arange(9.0)
+        for name in ("pixel_values", "teacher_pixel_values"):
+            expected = values[:, None, None, None].expand_as(batch[name])
+            torch.testing.assert_close(batch[name], expected)
+        torch.testing.assert_close(batch["labels"].sum(1), torch.ones(3))
+        assert ((batch["labels"] > 0).sum(1) <= 2).all()
+
+
+def test_cutmix_pastes_one_box_whose_share_is_in_the_labels() -> None:
+    boxes = set()
+    for batch in mixtures({"mixup_alpha": 0.0, "cutmix_alpha": 1.0}):
+        pixels, labels = batch["pixel_values"], batch["labels"]
+        for image, weights in zip(pixels, labels, strict=True):
+            shares = torch.stack([(image[0] == value).float().mean() for value in range(9)])
+            torch.testing.assert_close(weights, shares)
+        # The teacher sees the same box at twice the size, to a pixel of rounding at each border.
+        smaller = batch["teacher_pixel_values"].unfold(2, 2, 2).unfold(3, 2, 2)
+        assert (smaller.amax((4, 5)) != smaller.amin((4, 5))).float().mean() < 0.4
+        assert (smaller.amax((4, 5)) >= pixels).float().mean() > 0.8
+        row, column = (pixels[:, 0] != pixels[:, :1, 0, 0].unsqueeze(2)).nonzero()[:, 1:].unbind(1)
+        if len(row):
+            boxes.add((int(row.min()), int(row.max()), int(column.min()), int(column.max())))
+    assert len(boxes) > 5
+
+
+def test_with_both_each_batch_takes_one_of_them() -> None:
+    batches = mixtures({"mixup_alpha": 0.8, "cutmix_alpha": 1.0})
+    pasted = [bool((batch["pixel_values"] % 1 == 0).all()) for batch in batches]
+    assert 8 < sum(pasted) < 32
+
+
+def test_what_is_drawn_depends_on_the_batch_alone() -> None:
+    first, second = mixtures({}), mixtures({})
+    torch.manual_seed(7)
+    third = mixtures({})
+    for one, other, last in zip(first, second, third, strict=True):
+        assert torch.equal(one["labels"], other["labels"])
+        assert torch.equal(one["pixel_values"], last["pixel_values"])
+    assert len({tuple(batch["labels"].flatten().tolist()) for batch in first[:9]}) == 9
+
+
+def test_batches_for_evaluation_are_not_mixed() -> None:
+    batch = DataCollatorForMixup(constant_images, num_classes=9)([3, 4])
+    assert batch["labels"].tolist() == [3, 4]
+
+
+@pytest.mark.parametrize("labels", [torch.tensor([3, 9]), torch.tensor([3, -100]), torch.rand(2), torch.rand(2, 9)])
+def test_labels_that_cannot_be_mixed_are_refused(labels: Tensor) -> None:
+    collator = DataCollatorForMixup(lambda examples: {**constant_images([1, 2]), "labels": labels}, num_classes=9)
+    with pytest.raises(ValueError, match=r"mixing takes one class in \[0, 9\) for each image"):
+        collator.for_training([1, 2])
+
+
+@pytest.mark.parametrize(
+    ("alpha", "message"),
+    [
+        ({"mixup_alpha": -1.0}, "mixup_alpha is -1.0"),
+        ({"cutmix_alpha": float("nan")}, "cutmix_alpha is nan"),
+        ({"mixup_alpha": 0.0, "cutmix_alpha": 0.0}, "both 0: nothing would be mixed"),
+    ],
+)
+def test_shares_that_mix_nothing_are_refused(alpha: dict[str, float], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        DataCollatorForMixup(constant_images, num_classes=9, **alpha)

@@ -43,6 +43,7 @@ def test_public_names_are_there() -> None:
         "DKDSeq2SeqTrainingArguments",
         "DKDTrainer",
         "DKDTrainingArguments",
+        "DataCollatorForMixup",
         "DataCollatorWithTeacherInputs",
         "Teacher",
         "decoupled_kl",

@@ -44,7 +44,7 @@ def some_rows() -> Rows:
 
 @pytest.mark.parametrize("settings", METHODS)
 def test_sums_are_the_oracles_over_the_labelled_rows(settings: dict) -> None:
-    student, teacher, labels = some_rows()
+    student, teacher, labels, _ = some_rows()
     student.requires_grad_()
     sums = distillation_sums(Rows(student, teacher, labels), DKDArgumentsMixin(**settings))
     kept, temperature = labels != IGNORED, settings.get("dkd_temperature", 1.0)
@@ -63,7 +63,7 @@ def test_sums_are_the_oracles_over_the_labelled_rows(settings: dict) -> None:
 
 
 def test_top_k_sums_are_the_oracles_over_the_teachers_ranking() -> None:
-    student, teacher, labels = some_rows()
+    student, teacher, labels, _ = some_rows()
     kept = labels != IGNORED
     settings = {"dkd_alpha": 0.5, "dkd_beta": 4.0, "dkd_top_k": 3, "dkd_top_k_beta": 2.0, "dkd_temperature": 2.0}
     sums = distillation_sums(Rows(student, teacher, labels), DKDArgumentsMixin(**settings)).named()
@@ -79,7 +79,7 @@ def test_top_k_sums_are_the_oracles_over_the_teachers_ranking() -> None:
 
 @pytest.mark.parametrize("settings", [*METHODS, OPTIONS[0]])
 def test_standardised_sums_are_those_of_the_z_scores(settings: dict) -> None:
-    student, teacher, labels = some_rows()
+    student, teacher, labels, _ = some_rows()
     z_scores = ((one - one.mean(1, keepdim=True)) / one.std(1, keepdim=True) for one in (student, teacher))
     expected = distillation_sums(Rows(*z_scores, labels), DKDArgumentsMixin(**settings)).named()
     found = distillation_sums(Rows(student, teacher, labels), DKDArgumentsMixin(**settings, dkd_standardize=True))
@@ -89,7 +89,7 @@ def test_standardised_sums_are_those_of_the_z_scores(settings: dict) -> None:
 
 
 def test_a_fault_in_a_row_without_a_label_is_none() -> None:
-    student, teacher, labels = some_rows()
+    student, teacher, labels, _ = some_rows()
     teacher[7], student[6, 0] = math.nan, -math.inf
     teacher[1, 2] = math.inf
     rows = Rows(student, teacher, labels)
@@ -108,7 +108,7 @@ def test_a_mean_over_no_rows_is_a_share_of_exactly_zero() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 def test_cross_entropy_is_summed_over_labelled_rows_in_fp32_or_more(dtype: torch.dtype) -> None:
-    student, _, labels = some_rows()
+    student, _, labels, _ = some_rows()
     logits = student.to(dtype)
     loss = cross_entropy_sum(logits.reshape(2, 4, 5), labels.reshape(2, 4))
     kept = labels != IGNORED
@@ -166,17 +166,23 @@ def test_running_terms_are_read_only_when_drained() -> None:
 
 @pytest.mark.parametrize("settings", [*METHODS, *OPTIONS])
 @pytest.mark.parametrize(
-    ("head", "shape", "rows"),
-    [(Head.CLASSIFICATION, (8,), 8), (Head.QUESTION_ANSWERING, (2, 8), 16), (Head.TOKEN_CLASSIFICATION, (8, 12), 30)],
+    ("head", "shape", "rows", "mixed"),
+    [
+        (Head.CLASSIFICATION, (8,), 8, False),
+        (Head.CLASSIFICATION, (8,), 8, True),
+        (Head.QUESTION_ANSWERING, (2, 8), 16, False),
+        (Head.TOKEN_CLASSIFICATION, (8, 12), 30, False),
+    ],
 )
 def test_from_logits_to_running_terms_nothing_is_read(
-    head: Head, shape: tuple[int, ...], rows: int, settings: dict
+    head: Head, shape: tuple[int, ...], rows: int, mixed: bool, settings: dict
 ) -> None:
     # Tensors of the meta device have a shape but no values: an operation that needs one raises.
     with torch.device("meta"):
         student, teacher = torch.randn(*shape, 12, requires_grad=True), torch.randn(*shape, 12)
         labels, visible, order = torch.zeros(shape, dtype=torch.long), torch.ones(8, 12), torch.arange(12)
         loss, total = torch.ones(()), torch.ones((), dtype=torch.long)
+        weights = torch.ones(rows, 12) if mixed else None
         # Of token heads, `labelled_positions` is the one read.
         positions = torch.arange(rows) if head is Head.TOKEN_CLASSIFICATION else None
     visible = visible if head is Head.QUESTION_ANSWERING else None
@@ -185,7 +191,7 @@ def test_from_logits_to_running_terms_nothing_is_read(
         rows_at(logits, labels, positions, whose, visible)
         for logits, whose in ((student, "student"), (teacher, "teacher"))
     ]
-    aligned = aligned_rows(head, *both, kept, order)
+    aligned = aligned_rows(head, *both, kept, order, weights)
     sums = distillation_sums(aligned, DKDArgumentsMixin(**settings))
     scale = step_scale(total, 2)
     loss = share_of_step(loss, (kept != IGNORED).sum(), scale) + scale * sums.dkd
@@ -194,9 +200,8 @@ def test_from_logits_to_running_terms_nothing_is_read(
     for step in range(2):
         terms.add(sums.named(), loss.detach().isfinite(), steps=step)
     faults = unusable_teacher(aligned), masking_student(aligned)
-    assert {tensor.device.type for tensor in (*aligned, *sums.named().values(), *faults, loss, student.grad)} == {
-        "meta"
-    }
-    assert [tensor.shape for tensor in (*aligned, *faults)] == [(rows, 12), (rows, 12), (rows,), (rows,), (rows,)]
+    found = (*aligned[:3], *sums.named().values(), *faults, loss, student.grad)
+    assert {tensor.device.type for tensor in found} == {"meta"}
+    assert [tensor.shape for tensor in (*aligned[:3], *faults)] == [(rows, 12), (rows, 12), (rows,), (rows,), (rows,)]
     with pytest.raises(RuntimeError, match="meta"):
         terms.drain(Accelerator(cpu=True))

@@ -11,7 +11,10 @@ from hf_dkd.heads import Head
 from hf_dkd.rows import (
     aligned_labels,
     aligned_rows,
+    check_mixed,
+    check_weights,
     class_order,
+    class_weights,
     count_labelled,
     has_labels,
     label_columns,
@@ -151,12 +154,57 @@ def test_shift_labels_alone_are_labels_of_a_causal_lm_only(head: Head, value: Te
         aligned_labels(head, batch)
 
 
-@pytest.mark.parametrize("shape", [(8,), (8, 5)])
-def test_float_labels_are_refused_but_count_an_example_each(shape: tuple[int, ...]) -> None:
-    batch = {"labels": torch.zeros(shape)}
-    with pytest.raises(ValueError, match=re.escape(f"torch.float32 of shape {shape}")):
+def test_labels_of_a_regression_are_refused_but_count_an_example_each() -> None:
+    batch = {"labels": torch.zeros(8)}
+    with pytest.raises(ValueError, match=re.escape("torch.float32 of shape (8,)")):
         aligned_labels(Head.CLASSIFICATION, batch)
     assert count_labelled(Head.CLASSIFICATION, batch) == 8
+
+
+@pytest.mark.parametrize("head", [Head.CLASSIFICATION, Head.MULTI_LABEL])
+def test_a_number_for_each_class_is_a_row_an_example(head: Head) -> None:
+    batch = {"labels": torch.rand(8, 5)}
+    assert class_weights(head, batch) is batch["labels"]
+    assert aligned_labels(head, batch).tolist() == [0] * 8
+    assert count_labelled(head, batch) == 8
+    assert class_weights(head, {"labels": torch.arange(8)}) is None
+    assert class_weights(Head.TOKEN_CLASSIFICATION, batch) is None
+
+
+def test_each_label_of_several_is_a_row_of_two_classes() -> None:
+    student, teacher = torch.tensor([[1.0, -2.0], [3.0, 4.0]]), torch.tensor([[0.5, 2.0], [-1.0, 6.0]])
+    labels, order = torch.tensor([0, IGNORED]), torch.tensor([1, 0])
+    rows = aligned_rows(Head.MULTI_LABEL, student, teacher, labels, order, torch.tensor([[1.0, 0.0], [0.0, 1.0]]))
+    assert rows.student.tolist() == [[0, 1], [0, -2], [0, 3], [0, 4]]
+    assert rows.teacher.tolist() == [[0, 2], [0, 0.5], [0, 6], [0, -1]]
+    assert rows.labels.tolist() == [1, 0, IGNORED, IGNORED]
+    unlabelled = aligned_rows(Head.MULTI_LABEL, student, teacher, torch.tensor([0, 1]))
+    assert unlabelled.labels.tolist() == [1, 1, 0, 1], "the teacher's decisions"
+
+
+def test_the_label_of_a_mixed_example_is_its_largest_share() -> None:
+    weights = torch.tensor([[0.3, 0.7, 0.0], [1.0, 0.0, 0.0]])
+    rows = aligned_rows(Head.CLASSIFICATION, torch.zeros(2, 3), torch.zeros(2, 3), torch.tensor([0, 0]), None, weights)
+    assert rows.labels.tolist() == [1, 0]
+    assert rows.mixed is weights
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        ([[0.5, 0.6, 0.0]], "do not sum to 1"),
+        ([[1.5, -0.5, 0.0]], "negative"),
+        ([[0.8, 0.1, 0.1]], "An example has 3 classes of positive weight; mixing gives two. Leave smoothing"),
+    ],
+)
+def test_weights_that_are_no_mixture_of_two_are_refused(weights: list, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        check_mixed(torch.tensor(weights))
+
+
+def test_weights_of_other_classes_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"labels have shape \(8, 5\) for logits of shape \(8, 4\)"):
+        check_weights(torch.zeros(8, 5), torch.zeros(8, 4))
 
 
 @pytest.mark.parametrize("wrong", [5, 77, -1])

@@ -92,13 +92,27 @@ def test_a_regression_head_is_refused_at_construction(tmp_path):
         DKDTrainer(student, arguments(tmp_path), teacher=teacher)
 
 
-@pytest.mark.parametrize("labels", [torch.rand(4), torch.rand(4, 5)])
-def test_float_labels_are_refused(tmp_path, labels):
-    several = {"num_labels": 5, "problem_type": "multi_label_classification"}
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (torch.rand(4), r"labels are torch\.float32 of shape \(4,\).*takes one class index"),
+        (torch.rand(4, 6), r"labels have shape \(4, 6\) for logits of shape \(4, 5\)"),
+    ],
+)
+@pytest.mark.parametrize("problem", ["multi_label_classification", None])
+def test_labels_that_are_no_classes_are_refused(tmp_path, labels, message, problem):
+    several = {"num_labels": 5, "problem_type": problem}
     student, teacher = (tiny(BertForSequenceClassification, seed, **several) for seed in (0, 1))
     examples = [{**example, "labels": label} for example, label in zip(sentences(4), labels, strict=True)]
-    with pytest.raises(ValueError, match=r"labels are torch\.float32 of shape \(4.*takes one class index"):
+    with pytest.raises(ValueError, match=message):
         trained(tmp_path, student, examples, teacher)
+
+
+def test_a_regression_of_several_values_is_refused(tmp_path):
+    config = {"num_labels": 3, "problem_type": "regression"}
+    student, teacher = (tiny(BertForSequenceClassification, seed, **config) for seed in (0, 1))
+    with pytest.raises(ValueError, match='problem_type is "regression"'):
+        DKDTrainer(student, arguments(tmp_path), teacher=teacher)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])

@@ -6,21 +6,23 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, one_hot
 from transformers import (
+    BertForSequenceClassification,
     BertForTokenClassification,
     GPT2LMHeadModel,
     ViTForImageClassification,
     default_data_collator,
 )
 
-from hf_dkd import DKDTrainer
+from hf_dkd import DataCollatorForMixup, DKDTrainer
 
 from . import oracle
 from .trainer_helpers import (
     arguments,
     assert_close,
     first_gradient,
+    forwards,
     images,
     labelled_logits,
     logs_of,
@@ -188,3 +190,154 @@ def test_data_without_labels_name_the_remedy(tmp_path: Path) -> None:
     student, teacher = tiny(ViTForImageClassification, 0), tiny(ViTForImageClassification, 1)
     with pytest.raises(ValueError, match=r'no labels for a classification head.*With dkd_target="teacher"'):
         trained(tmp_path, student, without_labels(images(4)), teacher)
+
+
+# ---- Several labels an example, and mixed ones ----
+
+
+def with_weights(examples: list[dict[str, Any]], weights: Tensor) -> list[dict[str, Any]]:
+    return [example | {"labels": row} for example, row in zip(examples, weights, strict=True)]
+
+
+SEVERAL = torch.tensor([[1.0, 0, 1, 0], [0, 0, 0, 0], [0, 1, 1, 1], [0, 0, 1, 0]])
+MIXED = torch.tensor([[0.3, 0, 0.7, 0], [0, 1, 0, 0], [0, 0.5, 0.5, 0], [0, 0, 0.1, 0.9]])
+SPLITS = pytest.mark.parametrize("split", [(4, 1), (1, 4), (3, 2)], ids=["4", "1 × 4", "3 + 1"])
+
+
+def step(
+    path: Path, model: Any, examples: Any, loss: Any, split: tuple[int, int], config: dict, **options: Any
+) -> dict[str, float]:
+    """Train one step, compare its gradient with that of `loss(student logits, teacher logits)`; what was logged."""
+    student, teacher = (tiny(model, seed, **config) for seed in (0, 1))
+    loss(all_logits(student, examples), all_logits(teacher, examples).detach()).backward()
+    expected = torch.cat([parameter.grad.flatten() for parameter in student.parameters()])
+    student.zero_grad()
+    sizes = {"per_device_train_batch_size": split[0], "gradient_accumulation_steps": split[1]}
+    args = arguments(path, **SETTINGS | options | sizes)
+    trainer = DKDTrainer(student, args, train_dataset=examples, teacher=teacher)
+    assert_close(first_gradient(trainer), expected)
+    return logs_of(trainer)[0]
+
+
+@SPLITS
+@pytest.mark.parametrize("model", [ViTForImageClassification, BertForSequenceClassification])
+@pytest.mark.parametrize("problem", ["multi_label_classification", None])
+def test_each_of_several_labels_is_a_two_class_problem(
+    tmp_path: Path, model: Any, problem: str | None, split: tuple[int, int]
+) -> None:
+    examples = with_weights(images(4) if model is ViTForImageClassification else sentences(4), SEVERAL)
+    found: dict[str, Tensor] = {}
+
+    def loss(student: Tensor, teacher: Tensor) -> Tensor:
+        p, q = (teacher / 2).sigmoid(), (student / 2).sigmoid()
+        kl = p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log()
+        found["tckd"], found["agreement"] = kl.mean(), ((student > 0) == (teacher > 0)).double().mean()
+        return 0.25 * binary_cross_entropy_with_logits(student, SEVERAL.double()) + 4 * 0.5 * kl.mean()
+
+    entry = step(tmp_path, model, examples, loss, split, {"problem_type": problem})
+    assert (entry["tckd"], entry["nckd"]) == (pytest.approx(found["tckd"].item(), rel=1e-5), 0)
+    assert entry["teacher_agreement"] == pytest.approx(found["agreement"].item())
+
+
+def test_several_labels_are_said_to_have_no_nckd_and_are_evaluated(tmp_path: Path, caplog: Any) -> None:
+    config = {"problem_type": "multi_label_classification"}
+    student, teacher = (tiny(ViTForImageClassification, seed, **config) for seed in (0, 1))
+    trainer = trained(tmp_path, student, with_weights(images(4), SEVERAL), teacher, eval_with_teacher=True)
+    assert caplog.text.count("Several labels per example, each a two-class problem: NCKD is 0") == 1
+    found = trainer.evaluate(with_weights(images(4), SEVERAL))
+    decisions = all_logits(teacher, images(4)) > 0
+    assert found["eval_teacher_accuracy"] == pytest.approx((decisions == SEVERAL.bool()).double().mean().item())
+    expected = binary_cross_entropy_with_logits(all_logits(student, images(4)), SEVERAL.double())
+    assert found["eval_loss"] == pytest.approx(expected.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("options", [{"dkd_top_k": 2}, {"dkd_standardize": True}])
+def test_several_labels_have_nothing_to_rank_or_to_standardise(tmp_path: Path, options: dict) -> None:
+    student, teacher = tiny(ViTForImageClassification, 0), tiny(ViTForImageClassification, 1)
+    with pytest.raises(ValueError, match=f"{next(iter(options))} is set for a multi-label head"):
+        trained(tmp_path, student, with_weights(images(4), SEVERAL), teacher, **options)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("distillation", ["dkd", "kd"])
+@SPLITS
+def test_mixed_examples_have_each_class_alone_and_the_rest(
+    tmp_path: Path, split: tuple[int, int], distillation: str, smoothing: float
+) -> None:
+    groups = torch.tensor([[1, 2, 0, 2], [2, 0, 2, 2], [2, 0, 1, 2], [2, 2, 1, 0]])
+    found: dict[str, Tensor] = {}
+
+    def loss(student: Tensor, teacher: Tensor) -> Tensor:
+        between, within, _ = oracle.grouped(student, teacher, groups, 3, 2.0)
+        hard = cross_entropy(student, MIXED.double(), label_smoothing=smoothing)
+        kl = oracle.grouped(student, teacher, torch.zeros_like(groups), 1, 2.0)[1][:, 0]
+        rows = 0.5 * between + 4 * within[:, 2] if distillation == "dkd" else 0.5 * kl
+        found.update(ce=hard, tckd=between.mean(), nckd=within[:, 2].mean(), dkd=4 * rows.mean())
+        return 0.25 * hard + 4 * rows.mean()
+
+    options: dict[str, Any] = {"distillation": distillation, "label_smoothing_factor": smoothing}
+    options |= {"dkd_beta": 1.0} if distillation == "kd" else {}
+    config = {"problem_type": "single_label_classification"}
+    examples = with_weights(images(4), MIXED)
+    entry = step(tmp_path, ViTForImageClassification, examples, loss, split, config, **options)
+    assert {name: entry[name] for name in found} == pytest.approx(
+        {name: value.item() for name, value in found.items()}, rel=1e-5
+    )
+
+
+def test_examples_of_one_class_each_are_those_with_labels(tmp_path: Path) -> None:
+    entries = []
+    for weights in (False, True):
+        student, teacher = (
+            tiny(ViTForImageClassification, seed, problem_type="single_label_classification") for seed in (0, 1)
+        )
+        examples = images(4)
+        if weights:
+            examples = with_weights(examples, one_hot(torch.tensor([one["labels"] for one in examples]), 4).float())
+        entries.append(logs_of(trained(tmp_path, student, examples, teacher))[0])
+    assert entries[0] == pytest.approx(entries[1], rel=1e-6)
+
+
+def test_mixed_examples_train_without_a_teacher_and_are_evaluated(tmp_path: Path) -> None:
+    student = tiny(ViTForImageClassification, 0, problem_type="single_label_classification")
+    expected = cross_entropy(all_logits(student, images(4)), MIXED.double())
+    examples = with_weights(images(4), MIXED)
+    trainer = DKDTrainer(student, arguments(tmp_path), train_dataset=examples)
+    assert trainer.evaluate(examples)["eval_loss"] == pytest.approx(expected.item(), rel=1e-5)
+    trainer.train()
+    assert logs_of(trainer)[0]["loss"] == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_smoothed_mixed_labels_are_refused(tmp_path: Path) -> None:
+    student, teacher = (
+        tiny(ViTForImageClassification, seed, problem_type="single_label_classification") for seed in (0, 1)
+    )
+    with pytest.raises(ValueError, match="Leave smoothing to the hard-label loss: label_smoothing_factor"):
+        trained(tmp_path, student, with_weights(images(4), 0.9 * MIXED + 0.025), teacher)
+
+
+@pytest.mark.parametrize("mixup", [0.0, 0.8])
+def test_the_collator_mixes_training_batches_alone(tmp_path: Path, mixup: float) -> None:
+    student, teacher = (
+        tiny(ViTForImageClassification, seed, problem_type="single_label_classification") for seed in (0, 1)
+    )
+    collator = DataCollatorForMixup(default_data_collator, num_classes=4, mixup_alpha=mixup)
+    seen, taught = forwards(student), forwards(teacher)
+    args = arguments(tmp_path, remove_unused_columns=False)
+    trainer = DKDTrainer(student, args, data_collator=collator, train_dataset=images(4), teacher=teacher)
+    trainer.train()
+    mixed = collator.for_training(images(4))
+    for calls in (seen, taught):
+        torch.testing.assert_close(calls[0]["pixel_values"], mixed["pixel_values"])
+    assert not torch.equal(mixed["pixel_values"], default_data_collator(images(4))["pixel_values"])
+    expected = cross_entropy(
+        all_logits(tiny(ViTForImageClassification, 0), with_pixels(mixed)), mixed["labels"].double()
+    )
+    assert logs_of(trainer)[0]["ce"] == pytest.approx(expected.item(), rel=1e-5)
+    found = trainer.evaluate(images(4))["eval_loss"]
+    labels = default_data_collator(images(4))["labels"]
+    assert found == pytest.approx(cross_entropy(all_logits(student, images(4)), labels).item(), rel=1e-5)
+
+
+def with_pixels(batch: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+    return [{"pixel_values": image} for image in batch["pixel_values"]]

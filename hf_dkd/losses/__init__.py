@@ -1,7 +1,7 @@
 """Distillation losses on rows of logits. Imports torch only."""
 
 from .decoupled import decoupled_kl, dkd_loss, kd_loss
-from .grouped import GroupedKL, grouped_dkd_loss, grouped_kl, top_k_groups
+from .grouped import GroupedKL, grouped_dkd_loss, grouped_kl, mixed_groups, top_k_groups
 from .standardized import standardized
 
 __all__ = [
@@ -11,6 +11,7 @@ __all__ = [
     "grouped_dkd_loss",
     "grouped_kl",
     "kd_loss",
+    "mixed_groups",
     "standardized",
     "top_k_groups",
 ]

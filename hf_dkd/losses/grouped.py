@@ -127,6 +127,25 @@ def top_k_groups(teacher_logits: Tensor, k: int) -> Tensor:
     return groups.scatter(1, best, 1).scatter(1, best[:, :1], 0)
 
 
+def mixed_groups(weights: Tensor) -> Tensor:
+    """Groups of an example that is mixed of two classes: each of the two alone (0 and 1), and the others (2).
+
+    What the method's author proposes for mixup and CutMix. One class of positive weight alone gives the groups target
+    and rest, so that the divergences jump as the other's weight goes to 0: they ask which classes are in the example,
+    not how much of them.
+
+    Args:
+        weights: (N, C), of which one or two are positive in each row. Nothing is read from the device.
+
+    Returns:
+        (N, C), for `grouped_kl` with three groups.
+    """
+    largest, classes = weights.topk(2, dim=1)
+    groups = torch.full_like(weights, 2, dtype=torch.long)
+    second = torch.where(largest[:, 1:] > 0, 1, 2)
+    return groups.scatter(1, classes[:, 1:], second).scatter(1, classes[:, :1], 0)
+
+
 def row_grouped_kl(
     student_logits: Tensor, teacher_logits: Tensor, groups: Tensor, num_groups: int, *, temperature: float
 ) -> GroupedKL:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from torch import Tensor
 
-from hf_dkd.losses import decoupled_kl, dkd_loss, grouped_dkd_loss, grouped_kl, kd_loss, top_k_groups
+from hf_dkd.losses import decoupled_kl, dkd_loss, grouped_dkd_loss, grouped_kl, kd_loss, mixed_groups, top_k_groups
 from tests import oracle
 from tests.oracle import assert_within, gradient_of
 
@@ -211,3 +211,17 @@ def test_top_k_groups_are_the_first_the_next_and_the_rest() -> None:
     for k in (0, 6):
         with pytest.raises(ValueError, match=f"k is {k}; expected 1 to 5"):
             top_k_groups(teacher, k)
+
+
+def test_mixed_groups_are_the_two_classes_and_the_rest() -> None:
+    weights = torch.tensor([[0.3, 0.0, 0.7, 0.0], [0.0, 1.0, 0.0, 0.0], [0.5, 0.0, 0.0, 0.5]])
+    groups = mixed_groups(weights)
+    assert groups[0].tolist() == [1, 2, 0, 2]
+    assert groups[1].tolist() == [2, 0, 2, 2]
+    assert sorted(groups[2, [0, 3]].tolist()) == [0, 1]
+    student, teacher, _ = normal(3, 4, 1)
+    parts = grouped_kl(student, teacher, groups, num_groups=3)
+    tckd, nckd = decoupled_kl(student[1:2], teacher[1:2], torch.tensor([1]))
+    assert_within(parts.between[1:2], tckd, 1e-14)
+    assert_within(parts.within[1], torch.stack((0 * nckd, 0 * nckd, nckd)).squeeze(1), 1e-14)
+    assert not parts.within[:, :2].any()

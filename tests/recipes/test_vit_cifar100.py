@@ -15,7 +15,7 @@ from transformers import AutoModelForImageClassification
 from transformers.models.auto.image_processing_auto import AutoImageProcessor  # 5.17 asks for torchvision otherwise
 
 from .image_assets import digits, save_folder, save_parquet
-from .launching import RECIPES, complaint, kill_after_checkpoint, launch, weights
+from .launching import RECIPES, built, complaint, kill_after_checkpoint, launch, weights
 
 RECIPE = "vit_cifar100.py"
 VIT = {
@@ -236,3 +236,21 @@ def test_torchvision_augments_where_it_is_installed(images: Any, monkeypatch: py
     image = digits("test")[0][0].convert("RGB")
     monkeypatch.setattr(images, "RandAugment", lambda layers, magnitude: lambda view: (view, layers, magnitude))
     assert images.rand_augment(image, 3, 7) == (image, 3, 7)
+
+
+def test_mixed_images_are_the_same_for_teacher_and_student(
+    parquet: dict[str, Any], teacher: Path, tmp_path: Path
+) -> None:
+    options = TRAINING | VIT | parquet | {"output_dir": tmp_path, "teacher_model_name_or_path": teacher}
+    trainer, _ = built("vit_cifar100", **options | {"rand_augment_layers": 0, "mixup_alpha": 0.8, "max_steps": 1})
+    batch = next(iter(trainer.get_train_dataloader()))
+    assert batch["labels"].shape == (30, 10)
+    torch.testing.assert_close(batch["labels"].sum(1), torch.ones(30))
+    assert ((batch["labels"] > 0).sum(1) == 2).any()
+    # The teacher's pixels are the student's at twice the size and in another normalisation.
+    shown = 0.5 * batch["pixel_values"] + 0.5
+    taught = torch.nn.functional.avg_pool2d(0.4 * batch["teacher_pixel_values"] + 0.3, 2)
+    assert torch.corrcoef(torch.stack((shown.flatten(), taught.flatten())))[0, 1] > 0.97
+    assert not next(iter(trainer.get_eval_dataloader()))["labels"].is_floating_point()
+    trainer.train()
+    assert trainer.state.log_history[0]["dkd"] > 0
