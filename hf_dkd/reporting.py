@@ -42,6 +42,7 @@ def distillation_section(
         **({"β": f"{settings.dkd_beta:g}"} if decoupled else {}),
         "T": f"{settings.dkd_temperature:g}",
         **({"top k": f"{settings.dkd_top_k}, β {settings.dkd_top_k_beta:g} among them"} if settings.dkd_top_k else {}),
+        **({"target without a label": "the teacher's class"} if settings.dkd_target == "teacher" else {}),
         **({"logits": "standardised"} if settings.dkd_standardize else {}),
         "CE weight": f"{settings.ce_weight:g}",
         "warm-up": _warmup(settings),

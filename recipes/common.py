@@ -82,7 +82,8 @@ def load_splits(data: DataArguments) -> DatasetDict:
             loaded = datasets.load_dataset({"jsonl": "json", "txt": "text"}.get(suffix, suffix), data_files=files)
         else:
             loaded = datasets.load_dataset(data.dataset_name, data.dataset_config_name)
-    splits = DatasetDict(train=loaded.get("train", next(iter(loaded.values()))))
+    first = "train" if "train" in loaded else next(iter(loaded))
+    splits = DatasetDict(train=loaded.pop(first))
     for name, split in reversed(loaded.items()):  # MNLI has two of each: the first one wins
         if name.startswith(("valid", "dev")):
             splits["validation"] = split

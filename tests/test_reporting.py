@@ -51,9 +51,14 @@ def test_classical_distillation_has_no_beta() -> None:
 
 
 def test_options_that_are_off_are_not_told() -> None:
-    rows = table(distillation_section("teacher", DKDArgumentsMixin(dkd_top_k=5, dkd_standardize=True), HISTORY))
+    options: dict[str, Any] = {"dkd_top_k": 5, "dkd_standardize": True, "dkd_target": "teacher"}
+    rows = table(distillation_section("teacher", DKDArgumentsMixin(**options), HISTORY))
     assert (rows["top k"], rows["logits"]) == ("5, β 1 among them", "standardised")
-    assert not {"top k", "logits"} & table(distillation_section("teacher", DKDArgumentsMixin(), HISTORY)).keys()
+    assert rows["target without a label"] == "the teacher's class"
+    assert (
+        not {"top k", "logits", "target without a label"}
+        & table(distillation_section("teacher", DKDArgumentsMixin(), HISTORY)).keys()
+    )
 
 
 @pytest.mark.parametrize(

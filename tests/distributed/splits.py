@@ -30,6 +30,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "teacher's targets": {"dkd_target": "teacher"},
 }
 NAMES_WITH_OPTIONS = ["vit", "bert_tokens"]
+PROBLEMS = ["single_label_classification", "multi_label_classification"]
 SETTINGS = {"dkd_alpha": 0.7, "dkd_beta": 3.0, "dkd_temperature": 2.0, "ce_weight": 0.5}
 QUIET = {"save_strategy": "no", "report_to": "none", "disable_tqdm": True, "use_cpu": True}
 LOGGED = ("loss", "ce", "tckd", "nckd", "dkd", "dkd_weight", "teacher_agreement")
@@ -56,10 +57,21 @@ class KeepGradients(TrainerCallback):
         self.gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-def step(name: str, batch_size: int, accumulation: int, output_dir: str, **options: Any) -> dict[str, Any]:
+def with_weights(data: list[dict[str, Tensor]], classes: int) -> list[dict[str, Tensor]]:
+    """The examples with a number for each class: mixtures of two of them, or for several labels above one half."""
+    shares = torch.rand(len(data), 1, generator=torch.Generator().manual_seed(0))
+    labels = torch.nn.functional.one_hot(torch.stack([example["labels"] for example in data]), classes).float()
+    mixed = shares * labels + (1 - shares) * labels.roll(1, 0)
+    return [example | {"labels": row} for example, row in zip(data, mixed, strict=True)]
+
+
+def step(
+    name: str, batch_size: int, accumulation: int, output_dir: str, problem: str | None = None, **options: Any
+) -> dict[str, Any]:
     """Gradients of the one optimizer step over the eight examples, its log entry, and evaluations of 5, 6 and 7.
 
-    Two processes evaluate two examples each at a time: one, two or three are left for the last batch.
+    Two processes evaluate two examples each at a time: one, two or three are left for the last batch. `problem` gives
+    the examples a number for each class, as that `config.problem_type` takes it.
     """
     args = DKDTrainingArguments(
         output_dir, max_steps=1, per_device_train_batch_size=batch_size, gradient_accumulation_steps=accumulation,
@@ -69,6 +81,11 @@ def step(name: str, batch_size: int, accumulation: int, output_dir: str, **optio
     student, teacher = models(name)
     keep = KeepGradients()
     data = examples(name)
+    if problem is not None:
+        student.config.problem_type = problem
+        data = with_weights(data, student.config.num_labels)
+        if problem == PROBLEMS[1]:
+            data = [example | {"labels": (example["labels"] > 0.5).float()} for example in data]
     trainer = DKDTrainer(student, args, train_dataset=data, teacher=teacher, callbacks=[keep])
     trainer.train()
     evaluation = trainer.evaluate({str(count): data[-count:] for count in (5, 6, 7)})
@@ -173,6 +190,7 @@ def main() -> None:
         for option, settings in OPTIONS.items()
         for name in NAMES_WITH_OPTIONS
     }
+    results |= {problem: step("vit", 2, 2, str(output), problem) for problem in PROBLEMS}
     results["generation"] = generation(str(output))
     if all(result["world_size"] == 2 for result in results.values()) and int(torch.distributed.get_rank()) == 0:
         torch.save(results, output / "results.pt")

@@ -14,6 +14,7 @@ from .splits import (
     NAMES_OF_SEVERAL_STEPS,
     NAMES_WITH_OPTIONS,
     OPTIONS,
+    PROBLEMS,
     expected,
     generation,
     several_steps,
@@ -94,6 +95,19 @@ def test_two_processes_give_the_same_step_with_each_option(
     name: str, option: str, two_processes: dict[Any, Any], tmp_path: Path
 ) -> None:
     assert_same_step(two_processes[option, name], step(name, 8, 1, str(tmp_path), **OPTIONS[option]))
+
+
+@pytest.mark.parametrize("problem", PROBLEMS)
+def test_two_processes_give_the_same_step_of_mixed_examples_and_several_labels(
+    problem: str, two_processes: dict[Any, Any], tmp_path: Path
+) -> None:
+    one, two = step("vit", 8, 1, str(tmp_path), problem), two_processes[problem]
+    assert_same_gradients(two["gradients"], one["gradients"])
+    assert two["logs"][0] == pytest.approx(one["logs"][0], rel=1e-5)
+    # Trainer's own loss of float labels has the examples in it that fill up the last batch of two processes.
+    for name, value in one["evaluation"].items():
+        if not name.endswith("_loss"):
+            assert two["evaluation"][name] == pytest.approx(value, rel=1e-5), name
 
 
 @pytest.mark.parametrize("name", NAMES_OF_SEVERAL_STEPS)

@@ -12,7 +12,7 @@ import torch
 from datasets import Dataset, DatasetDict, load_dataset
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertForSequenceClassification
 
-from .launching import complaint, kill_after_checkpoint, launch, run_here, weights
+from .launching import complaint, kill_after_checkpoint, launch, recipe, run_here, weights
 from .text_assets import FILLERS, SUBJECTS, WORDS, save_tiny_bert, sentences
 
 RECIPE = "bert_classification.py"
@@ -169,3 +169,13 @@ def test_cola_is_compared_by_its_own_metric(text_base: Path, tmp_path: Path, mon
     results = run_here("bert_classification", task_name="cola", **options)
     assert results["primary_metric"] == "matthews_correlation"
     assert results["primary_metric"] in results["metrics"]["validation"]
+
+
+def test_a_split_that_takes_the_place_of_training_is_not_validation_too(tmp_path: Path) -> None:
+    rows = [{"text": row["text"], "label": index % 2} for index, row in enumerate(sentences(40, seed=0))]
+    for name, first in (("validation", 0), ("test", 20)):
+        Dataset.from_list(rows[first : first + 20]).to_parquet(tmp_path / f"{name}.parquet")
+    common = recipe("common")
+    splits = common.load_splits(common.DataArguments(dataset_name=str(tmp_path), validation_share=0.25))
+    assert {name: len(split) for name, split in splits.items()} == {"train": 15, "validation": 5, "test": 20}
+    assert not set(splits["train"]["text"]) & set(splits["validation"]["text"])
