@@ -96,7 +96,7 @@ class DistillationTraining(DistillationSetup):
     @property
     def _teacher_labels(self) -> bool:
         """Whether rows without a label are distilled."""
-        return self.teacher is not None and self.dkd_args.dkd_target == "teacher"
+        return self.teacher is not None and self.dkd_args.dkd_target == "teacher" and self.dkd_args.distils
 
     def _distilled(self, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
         encoder_decoder = bool(getattr(getattr(self._student, "config", None), "is_encoder_decoder", False))

@@ -186,10 +186,11 @@ def test_evaluation_stays_with_the_labels(tmp_path: Path) -> None:
     assert found[0] == found[1]
 
 
-def test_data_without_labels_name_the_remedy(tmp_path: Path) -> None:
+@pytest.mark.parametrize("options", [{}, {"dkd_target": "teacher", "dkd_alpha": 0.0, "dkd_beta": 0.0}])
+def test_data_without_labels_name_the_remedy(tmp_path: Path, options: dict) -> None:
     student, teacher = tiny(ViTForImageClassification, 0), tiny(ViTForImageClassification, 1)
     with pytest.raises(ValueError, match=r'no labels for a classification head.*With dkd_target="teacher"'):
-        trained(tmp_path, student, without_labels(images(4)), teacher)
+        trained(tmp_path, student, without_labels(images(4)), teacher, **options)
 
 
 # ---- Several labels an example, and mixed ones ----
