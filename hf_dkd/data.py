@@ -65,8 +65,10 @@ class DataCollatorForMixup:
     student see the same mixture, each in its own size. The labels become shares of the classes, which
     `config.problem_type = "single_label_classification"` tells from several labels per example.
 
-    What is drawn depends on the images of the batch and on nothing else, so that it does not change with the number of
-    workers, nor after resuming.
+    What is drawn depends on `seed` and the images of the batch alone, so that it changes neither with the number of
+    workers nor after resuming. (Fixed images in a fixed order are mixed alike in every epoch: shuffle them.)
+
+    Stock `Trainer` calls the collator itself for training too, and so does not mix: give it `collator.for_training`.
 
     Args:
         collator: makes batches of `pixel_values` (B, channels, height, width) and integer `labels` (B,), and maybe
@@ -74,6 +76,7 @@ class DataCollatorForMixup:
         num_classes: C, the width of the labels.
         mixup_alpha: shares are drawn from Beta(alpha, alpha) (Zhang et al. 2018, arXiv 1710.09412); 0 switches it off.
         cutmix_alpha: the same for CutMix (Yun et al. 2019, arXiv 1905.04899). With both, each batch takes one of them.
+        seed: of what is drawn.
 
     Example:
         >>> student.config.problem_type = "single_label_classification"
@@ -84,6 +87,7 @@ class DataCollatorForMixup:
     num_classes: int
     mixup_alpha: float = 0.8
     cutmix_alpha: float = 1.0
+    seed: int = 0
 
     def __post_init__(self) -> None:
         for name in ("mixup_alpha", "cutmix_alpha"):
@@ -109,7 +113,8 @@ class DataCollatorForMixup:
                 f"The labels are {labels.dtype} of shape {tuple(labels.shape)}, {labels.flatten()[:5].tolist()}, …; "
                 f"mixing takes one class in [0, {self.num_classes}) for each image."
             )
-        random = np.random.default_rng(zlib.crc32(pixels.flatten(1)[:, ::97].contiguous().numpy().tobytes()))
+        seen = pixels.flatten(1)[:, ::97].float().contiguous().numpy().tobytes()
+        random = np.random.default_rng([self.seed, zlib.crc32(seen)])
         others = torch.from_numpy(random.permutation(len(labels)))
         cuts = random.random() < 0.5 if self.mixup_alpha and self.cutmix_alpha else bool(self.cutmix_alpha)
         alpha = self.cutmix_alpha if cuts else self.mixup_alpha
@@ -120,7 +125,7 @@ class DataCollatorForMixup:
                 batch[name], share = _pasted(batch[name], others, center, drawn)
             elif name in batch:
                 batch[name] = drawn * batch[name] + (1 - drawn) * batch[name][others]
-        classes = one_hot(labels, self.num_classes).float()
+        classes = one_hot(labels.long(), self.num_classes).float()
         batch["labels"] = share * classes + (1 - share) * classes[others]
         return batch
 

@@ -24,6 +24,7 @@ class TeacherRows(NamedTuple):
     positions: Tensor | None
     visible: Tensor | None
     weights: Tensor | None
+    by_teacher: Tensor | None
     columns: list[str]
 
 
@@ -36,6 +37,7 @@ def _is_loss_of(outputs: Any, loss: Tensor) -> bool:
 class DistillationTraining(DistillationSetup):
     """Counts the labelled rows of an optimizer step, and computes a micro-batch's share of the objective over them."""
 
+    _checked_mixed = False
     # Set by `prediction_step`: what `compute_loss` returns is then the task loss alone.
     _evaluating = False
 
@@ -83,15 +85,9 @@ class DistillationTraining(DistillationSetup):
     def _counts(self, batch: Mapping[str, Any]) -> Tensor:
         """The labelled rows of a batch, and the distilled ones, (2,): those that the teacher labels too."""
         if not self._teacher_labels:
-            count = rows.count_labelled(self._known_head, batch, self.label_names)
-            return torch.stack((count, count * self._rows_of_a_label))
+            return rows.count_labelled(self._known_head, batch, self.label_names).expand(2)
         labels, chosen = self._distilled(batch)
-        return torch.stack(((labels != rows.IGNORE_INDEX).sum(), chosen.sum() * self._rows_of_a_label))
-
-    @property
-    def _rows_of_a_label(self) -> int:
-        """How many rows a labelled example has: one for each label of a multi-label head, otherwise one."""
-        return self._student.config.num_labels if self._known_head is Head.MULTI_LABEL else 1
+        return torch.stack(((labels != rows.IGNORE_INDEX).sum(), chosen.sum()))
 
     @property
     def _teacher_labels(self) -> bool:
@@ -117,6 +113,7 @@ class DistillationTraining(DistillationSetup):
         """
         self._settle_problem_type(inputs)
         self._prepare_distillation()
+        self._check_mixed(inputs)
         student_inputs = self._student_columns(inputs)
         if not self._rescales([inputs]):
             self.loss_is_scaled_for_ga = self._parents_scaling
@@ -133,9 +130,10 @@ class DistillationTraining(DistillationSetup):
 
     def _task_loss(self, model: nn.Module, inputs: dict[str, Any], total: Tensor | int | None) -> tuple[Tensor, Any]:
         """The parent's loss on this batch alone, as Trainer computes it on one process."""
-        if (weights := self._mixed(inputs)) is not None and self.compute_loss_func is None:
+        if self._mixes_here(inputs):
             loss, outputs = self._mixed_loss(model, inputs)
-            return loss / len(weights), outputs
+            loss = loss / rows.count_labelled(self._known_head, inputs, self.label_names)
+            return loss, (loss, *outputs) if isinstance(outputs, tuple) else outputs
         count = None
         if total is not None or self.compute_loss_func is not None:
             # Trainer's own count, which is not ours for GPT-2: equal numbers are comparable numbers.
@@ -173,11 +171,8 @@ class DistillationTraining(DistillationSetup):
             aligned = self._side_by_side(outputs, teacher_rows, f"At step {self.state.global_step + 1}")
             sums = objective.distillation_sums(aligned, settings).named()
             if self._teacher_labels:
-                sums["teacher_targets"] = distilled - count * self._rows_of_a_label
-            in_step: Tensor | int = distilled
-            if total is not None:
-                in_step = self._distilled_in_step if self._teacher_labels else total * self._rows_of_a_label
-            scale = objective.step_scale(in_step, processes)
+                sums["teacher_targets"] = distilled - count
+                scale = objective.step_scale(distilled if total is None else self._distilled_in_step, processes)
             terms |= {name: scale * value for name, value in sums.items()}
             terms["dkd"] = self._weight * terms["dkd"]
             loss = loss + terms["dkd"]
@@ -197,12 +192,15 @@ class DistillationTraining(DistillationSetup):
         if self._teacher_labels and not rows.has_labels(head, inputs, self.label_names):
             outputs = model(**inputs)
             return torch.zeros((), device=count.device), outputs
-        if self._mixed(inputs) is not None and not own_function:
-            loss, outputs = self._mixed_loss(model, inputs)
-            return loss * scale, outputs
         if own_function:
+            # Trainer counts the numbers in the labels, of which such an example has one for each class.
+            weights = rows.class_weights(head, inputs, self.label_names)
+            total = total if total is None or weights is None else total * weights.shape[1]
             loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=total)
             return (loss if total is not None else objective.share_of_step(loss, count, scale)), outputs
+        if self._mixes_here(inputs):
+            loss, outputs = self._mixed_loss(model, inputs)
+            return loss * scale, outputs
         inputs = rows.with_some_label(head, inputs, count, self.label_names)
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True)
         if head is Head.QUESTION_ANSWERING and _is_loss_of(outputs, loss):
@@ -211,10 +209,21 @@ class DistillationTraining(DistillationSetup):
             return objective.cross_entropy_sum(rows.logits_of(outputs, "student", head), labels) * scale, outputs
         return objective.share_of_step(loss, count, scale), outputs
 
+    def _check_mixed(self, inputs: Mapping[str, Any]) -> None:
+        """Check the shares of mixed examples: on a CPU always, elsewhere once, since it waits for the device."""
+        weights = self._mixed(inputs)
+        if weights is not None and (weights.device.type == "cpu" or not self._checked_mixed):
+            rows.check_mixed(weights)
+            self._checked_mixed = True
+
+    def _mixes_here(self, inputs: Mapping[str, Any]) -> bool:
+        """Whether the hard loss is ours: of mixed examples, unless the script or a parent trainer brings its own."""
+        of_parent = getattr(super().compute_loss, "__func__", None) is not Trainer.compute_loss
+        return not of_parent and self.compute_loss_func is None and self._mixed(inputs) is not None
+
     def _mixed_loss(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, Any]:
         """The cross-entropy of mixed examples, summed, and the student's outputs."""
         (name,) = rows.label_columns(self._known_head, self.label_names)
-        rows.check_mixed(inputs[name])
         outputs = model(**{key: value for key, value in inputs.items() if key != name})
         logits = rows.logits_of(outputs, "student", self.head)
         return objective.mixed_cross_entropy_sum(logits, inputs[name], self.args.label_smoothing_factor), outputs
@@ -232,34 +241,35 @@ class DistillationTraining(DistillationSetup):
             return self._the_teacher.logits(inputs)
 
     def _teacher_rows(self, inputs: Mapping[str, Any], logits: Tensor | None = None) -> TeacherRows:
-        """The teacher's rows at the targets of `inputs`, and its logits are computed; in evaluation at the labels, and
-        they are given.
-        """
-        head = self._known_head
-        if self._teacher_labels and logits is None:
-            logits = self._teacher_logits(inputs)
+        """The teacher's rows of `inputs` that are distilled; its logits are computed unless they are given."""
+        head, by_teacher = self._known_head, None
+        if self._teacher_labels:
             labels, chosen = self._distilled(inputs)
-            if logits.shape[:-1] == labels.shape:
-                labels = targets.filled(labels, chosen, rows.in_order(logits, self._class_order)[..., : self._classes])
+            by_teacher = chosen & (labels == rows.IGNORE_INDEX)
+            # Any class takes the place of the teacher's, which is known once the classes are aligned.
+            labels = labels.masked_fill(by_teacher, 0)
         else:
             labels = rows.aligned_labels(head, inputs, self.label_names)
-            logits = self._teacher_logits(inputs) if logits is None else logits
         positions = rows.labelled_positions(head, labels)
         visible = inputs.get("attention_mask") if head is Head.QUESTION_ANSWERING else None
+        logits = self._teacher_logits(inputs) if logits is None else logits
         taken = rows.rows_at(logits, labels, positions, "teacher", visible)
         # Before the student's own loss fails on them with less to say.
         rows.check_labels(labels, taken.shape[1])
         weights = rows.class_weights(head, inputs, self.label_names)
-        rows.check_weights(weights, taken)
-        return TeacherRows(taken, labels, positions, visible, weights, self._the_teacher.columns_in(inputs))
+        rows.check_weights(head, weights, taken)
+        return TeacherRows(taken, labels, positions, visible, weights, by_teacher, self._the_teacher.columns_in(inputs))
 
     def _side_by_side(self, outputs: Any, teacher: TeacherRows, moment: str) -> rows.Rows:
         """The student's rows beside the teacher's, over the same classes and checked."""
-        head, (teacher_rows, labels, positions, visible, weights, columns) = self._known_head, teacher
+        head, (teacher_rows, labels, positions, visible, weights, by_teacher, columns) = self._known_head, teacher
         logits = rows.logits_of(outputs, "student", head)
         student_rows = rows.rows_at(logits, labels, positions, "student", visible)
         labels = labels.flatten() if positions is None else labels.flatten().index_select(0, positions)
         aligned = rows.aligned_rows(head, student_rows, teacher_rows, labels, self._class_order, weights)
+        if by_teacher is not None:
+            by_teacher = by_teacher.flatten() if positions is None else by_teacher.flatten().index_select(0, positions)
+            aligned = rows.labelled_by_teacher(aligned, by_teacher)
         if head.has_vocabulary and aligned.student.shape[1] < max(student_rows.shape[1], teacher_rows.shape[1]):
             self._say(
                 f"Vocabularies of {student_rows.shape[1]} (student) and {teacher_rows.shape[1]} (teacher) rows: only "
@@ -283,14 +293,9 @@ class DistillationTraining(DistillationSetup):
             return None
         return math.ceil(len(dataloader) / self.args.gradient_accumulation_steps)
 
-    @property
-    def _classes(self) -> int | None:
-        """The rows of the student's vocabulary, beyond which the teacher may have padding; None for other heads."""
-        embeddings = self._student.get_output_embeddings() if self._known_head.has_vocabulary else None
-        return None if embeddings is None else embeddings.weight.shape[0]
-
     def _start_terms(self) -> None:
         self._terms = objective.RunningTerms()
         self._teacher_check = TeacherCheck()
         self._weight = 1.0
+        self._checked_mixed = False
         self._first_step = 0

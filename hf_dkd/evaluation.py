@@ -17,7 +17,8 @@ from .heads import Head
 
 
 class DistillationEvaluation(DistillationTraining):
-    """The evaluating half of `DKDMixin`: the student's own task loss, exact on any number of processes.
+    """The evaluating half of `DKDMixin`: the student's own task loss, exact on any number of processes (but for float
+    labels, whose examples that fill up the last batch are in it, as in Trainer).
 
     Trainer's loop does the work. The teacher runs only for `eval_with_teacher` or for metrics that want its logits.
     """
@@ -54,8 +55,11 @@ class DistillationEvaluation(DistillationTraining):
                 self._teacher_check.raise_if_bad(wait=True)
                 metrics: Any = output.metrics
                 sums = self._eval_terms.drain(self.accelerator, "sum")
-                count = max(sums.pop("count"), 1.0)
-                metrics.update({f"{metric_key_prefix}_{name}": total / count for name, total in sums.items()})
+                counts = {"teacher_accuracy": sums.pop("labelled")}
+                count = sums.pop("count")
+                for name, total in sums.items():
+                    if rows_of_term := counts.get(name, count):
+                        metrics[f"{metric_key_prefix}_{name}"] = total / rows_of_term
             return _student_predictions_only(output) if self._pairs_predictions else output
         finally:
             self._eval_terms, self._pairs_predictions = outer
@@ -78,7 +82,7 @@ class DistillationEvaluation(DistillationTraining):
             loss, logits, labels = super().prediction_step(
                 model, self._student_columns(inputs), prediction_loss_only, ignore_keys=ignore_keys, **kwargs
             )
-        with_terms = self.teacher is not None and labelled and self.dkd_args.eval_with_teacher
+        with_terms = self.teacher is not None and self.dkd_args.eval_with_teacher and (labelled or self._teacher_labels)
         # Without labels no metrics are computed, and an encoder-decoder teacher could not run.
         self._pairs_predictions = self._pairs_predictions and labelled
         with_logits = self._pairs_predictions and logits is not None
@@ -99,17 +103,23 @@ class DistillationEvaluation(DistillationTraining):
     ) -> None:
         moment = f"In evaluation after step {self.state.global_step}"
         teacher_rows = self._teacher_rows(inputs, teacher_logits)
-        if teacher_rows.weights is not None and counted is not None:
-            # Labels with a number for each class cannot say that an example does not count.
+        if counted is not None and (teacher_rows.weights is not None or teacher_rows.by_teacher is not None):
+            # Neither a number for each class nor a missing label can say that an example does not count.
             teacher_rows.labels[counted:] = rows.IGNORE_INDEX
+            if teacher_rows.by_teacher is not None:
+                teacher_rows.by_teacher[counted:] = False
         aligned = self._side_by_side(outputs, teacher_rows, moment)
         sums = objective.distillation_sums(aligned, self.dkd_args)
         parts = {name: value for name, value in sums.named().items() if name != "dkd"}
+        distilled = aligned.labels != rows.IGNORE_INDEX
+        labelled = distilled if aligned.by_teacher is None else distilled & ~aligned.by_teacher
+        hits = (aligned.teacher.argmax(1) == aligned.labels) & labelled
         self._eval_terms.add(
             {
                 **parts,
-                "teacher_accuracy": (aligned.teacher.argmax(1) == aligned.labels).sum(),
-                "count": (aligned.labels != rows.IGNORE_INDEX).sum(),
+                "teacher_accuracy": hits.sum() / aligned.per_example,
+                "count": distilled.sum() / aligned.per_example,
+                "labelled": labelled.sum() / aligned.per_example,
             }
         )
 

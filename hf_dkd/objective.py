@@ -17,7 +17,7 @@ from .training_args import DKDArgumentsMixin
 
 
 class DistillationSums(NamedTuple):
-    """Sums over the labelled rows, scalars; `dkd` alone carries a gradient."""
+    """Sums over the labelled rows, scalars; `dkd` alone carries a gradient. Rows of one example count by their mean."""
 
     dkd: Tensor
     """The weighted divergences times T², without the warm-up weight."""
@@ -38,7 +38,7 @@ class DistillationSums(NamedTuple):
 
 def distillation_sums(rows: Rows, settings: DKDArgumentsMixin) -> DistillationSums:
     """The distillation term of `rows` and its parts, at the temperature and weights of `settings`."""
-    student, teacher, labels, mixed = rows
+    student, teacher, labels, mixed = rows[:4]
     labelled, labels = labels != IGNORE_INDEX, labels.clamp(min=0)
     temperature, top_k = settings.dkd_temperature, None
     if settings.dkd_standardize:
@@ -59,13 +59,13 @@ def distillation_sums(rows: Rows, settings: DKDArgumentsMixin) -> DistillationSu
         terms = settings.dkd_alpha * row_kl(student, teacher, temperature=temperature)
 
     def total(values: Tensor) -> Tensor:
-        return torch.where(labelled, values, 0.0).sum()
+        return torch.where(labelled, values, 0.0).sum() / rows.per_example
 
     return DistillationSums(
         dkd=temperature**2 * total(terms),
         tckd=total(tckd.detach()),
         nckd=total(nckd.detach()),
-        teacher_agreement=((student.argmax(1) == teacher.argmax(1)) & labelled).sum(),
+        teacher_agreement=total((student.argmax(1) == teacher.argmax(1)).float()),
         top_k=None if top_k is None else total(top_k.detach()),
     )
 

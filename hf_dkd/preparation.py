@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import Trainer
 
 from . import rows
+from .data import DataCollatorForMixup
 from .heads import Head, bare_model, head_of
 from .teacher import TEACHER_PREFIX, Teacher, class_names_of
 from .training_args import DKDArgumentsMixin
@@ -68,9 +69,20 @@ class DistillationSetup(_Trainer):
         undecided = self.dkd_args.dkd_head is None and getattr(config, "problem_type", "") is None
         if not undecided or config.num_labels < 2 or self.head is not Head.CLASSIFICATION:
             return
-        if rows.class_weights(Head.CLASSIFICATION, batch, self.label_names) is not None:
-            config.problem_type = "multi_label_classification"
-            self._prepared_student = None
+        weights = rows.class_weights(Head.CLASSIFICATION, batch, self.label_names)
+        if weights is None:
+            return
+        if not ((weights == 0) | (weights == 1)).all():
+            raise ValueError(
+                "The labels have a number for each class, not all of them 0 or 1, and config.problem_type is None. Set "
+                'it on the student: "single_label_classification" for mixed examples, "multi_label_classification" for '
+                "several labels each."
+            )
+        config.problem_type = "multi_label_classification"
+        if self.label_smoother is not None:
+            self._say("label_smoothing_factor has no meaning for several labels per example: it is switched off.")
+            self.label_smoother = None
+        self._prepared_student = None
 
     def _mixed(self, batch: Mapping[str, Any]) -> Tensor | None:
         """The class weights of mixed examples, which no head of transformers takes; None where they have labels."""
@@ -129,33 +141,59 @@ class DistillationSetup(_Trainer):
             if names and names_of_teacher and len(names) != len(names_of_teacher):
                 raise ValueError(rows.other_classes(self._known_head, len(names), len(names_of_teacher)))
             if self._known_head is Head.MULTI_LABEL:
-                self._say_that_nckd_is_empty("Several labels per example, each a two-class problem")
+                self._check_without_nckd("Several labels per example, each a two-class problem")
             elif names and len(names) == 2:
-                self._say_that_nckd_is_empty("Two classes")
+                self._check_without_nckd("Two classes")
+            self._refuse_impossible_groups(len(names) if names else None)
         if order is not None:
             self._say("Reordered the teacher's classes by name to the student's order.")
         self._class_order = None if order is None else torch.tensor(order, device=self.args.device)
         self._signature_columns = None
         self._prepared_student = self.model
 
-    def _say_that_nckd_is_empty(self, why: str) -> None:
-        if self.dkd_args.distillation == "dkd" and self.dkd_args.dkd_beta > 0:
-            self._say(
-                f"{why}: NCKD is 0, since only one class is not the target, and dkd_beta does nothing. DKD is then "
-                "classical distillation weighed by dkd_alpha."
+    def _refuse_contradicting_kinds(self) -> None:
+        told, problem = self.dkd_args.dkd_head, getattr(self._config, "problem_type", None)
+        contradicting = {
+            Head.CLASSIFICATION: "multi_label_classification",
+            Head.MULTI_LABEL: "single_label_classification",
+        }
+        if told is not None and contradicting.get(Head(told)) == problem and problem is not None:
+            raise ValueError(
+                f"dkd_head is {told!r} and the student's config.problem_type {problem!r}: they contradict."
             )
+
+    def _check_without_nckd(self, why: str) -> None:
+        settings = self.dkd_args
+        if settings.distillation == "kd" or not settings.dkd_beta:
+            return
+        if not settings.dkd_alpha and not settings.ce_weight:
+            raise ValueError(f"{why}: NCKD is 0, and dkd_alpha and ce_weight are 0 too: nothing would be trained.")
+        self._say(
+            f"{why}: NCKD is 0, since only one class is not the target, and dkd_beta does nothing. DKD is then "
+            "classical distillation weighed by dkd_alpha."
+        )
+
+    def _refuse_impossible_groups(self, classes: int | None) -> None:
+        settings = self.dkd_args
+        if self._known_head is Head.MULTI_LABEL and (settings.dkd_top_k or settings.dkd_standardize):
+            name = "dkd_top_k" if settings.dkd_top_k else "dkd_standardize"
+            raise ValueError(
+                f"{name} is set for a multi-label head, where each label is a problem of two classes: there is nothing "
+                "to rank or to standardise among them. Leave it out."
+            )
+        if classes is not None and settings.dkd_top_k >= classes:
+            raise ValueError(
+                f"dkd_top_k is {settings.dkd_top_k} for {classes} classes; expected less, so that some are left."
+            )
+        if classes is not None and settings.dkd_standardize and classes < 3:
+            raise ValueError("dkd_standardize is set for two classes, whose z-scores tell only which one is larger.")
 
     def _refuse_what_cannot_be_distilled(self) -> None:
         if self._known_head is Head.CLASSIFICATION and getattr(self._config, "num_labels", 2) == 1:
             raise ValueError("The student has num_labels=1, a regression head. Distilling needs at least two classes.")
         if self._known_head is Head.CLASSIFICATION and getattr(self._config, "problem_type", None) == "regression":
             raise ValueError('The student\'s config.problem_type is "regression". Distilling needs classes.')
-        if self._known_head is Head.MULTI_LABEL and (self.dkd_args.dkd_top_k or self.dkd_args.dkd_standardize):
-            name = "dkd_top_k" if self.dkd_args.dkd_top_k else "dkd_standardize"
-            raise ValueError(
-                f"{name} is set for a multi-label head, where each label is a problem of two classes: there is nothing "
-                "to rank or to standardise among them. Leave it out."
-            )
+        self._refuse_contradicting_kinds()
         if self._known_head is Head.QUESTION_ANSWERING and self.dkd_args.dkd_target == "teacher":
             raise ValueError(
                 'dkd_target is "teacher" for a question answering head, whose windows without an answer have none '
@@ -178,6 +216,13 @@ class DistillationSetup(_Trainer):
     def get_train_dataloader(self) -> Any:
         """Trainer's, with the training half of a collator that has one, such as `DataCollatorForMixup`."""
         collator = self.data_collator
+        if isinstance(collator, DataCollatorForMixup) and self.head is Head.CLASSIFICATION:
+            problem = getattr(self._config, "problem_type", None)
+            if problem != "single_label_classification" and self.dkd_args.dkd_head is None:
+                raise ValueError(
+                    f"The collator mixes examples and the student's config.problem_type is {problem!r}: set it to "
+                    '"single_label_classification", which tells shares of classes from several labels.'
+                )
         self.data_collator = getattr(collator, "for_training", collator)
         try:
             return super().get_train_dataloader()

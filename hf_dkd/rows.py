@@ -27,7 +27,11 @@ class Rows(NamedTuple):
     teacher: Tensor
     labels: Tensor
     mixed: Tensor | None = None
-    """(R, C) weights of the classes in examples that are mixed of several, as by mixup; the labels are then void."""
+    """(R, C) shares of the classes in mixed examples; their label is the class of the largest share."""
+    per_example: int = 1
+    """How many rows make up one example: one for each label of a multi-label head, whose mean counts."""
+    by_teacher: Tensor | None = None
+    """(R,) booleans, where the teacher chose the label."""
 
 
 def label_columns(head: Head, label_names: Sequence[str] = ("labels",)) -> tuple[str, ...]:
@@ -68,6 +72,11 @@ def aligned_labels(head: Head, batch: Mapping[str, Any], label_names: Sequence[s
         raise ValueError(
             f"The labels are {labels.dtype} of shape {tuple(labels.shape)}, as for regression. Distilling a {head} "
             "head takes one class index per decision (torch.int64)."
+        )
+    if head is Head.CLASSIFICATION and labels.ndim == 2 and labels.shape[1] > 1:
+        raise ValueError(
+            f"The labels are {labels.dtype} of shape {tuple(labels.shape)}: expected one class index for each example, "
+            "or a float for each class (cast them to float)."
         )
     if head is Head.CAUSAL_LM:
         return pad(labels[..., 1:], (0, 1), value=IGNORE_INDEX)
@@ -206,29 +215,36 @@ def check_labels(labels: Tensor, classes: int) -> None:
         )
 
 
-def check_weights(weights: Tensor | None, logits: Tensor) -> None:
-    """Raise a `ValueError` for `class_weights` that are not one for each of the logits (N, C)."""
-    if weights is not None and weights.shape != logits.shape:
+def check_weights(head: Head, weights: Tensor | None, logits: Tensor) -> None:
+    """Raise a `ValueError` for `class_weights` that are not one float for each of the logits (N, C), or on a CPU for
+    those of several labels that are not 0 to 1.
+    """
+    if weights is None:
+        return
+    if weights.shape != logits.shape or not weights.is_floating_point():
         raise ValueError(
-            f"The labels have shape {tuple(weights.shape)} for logits of shape {tuple(logits.shape)}: expected a "
-            "number for each class."
+            f"The labels are {weights.dtype} of shape {tuple(weights.shape)} for logits of shape "
+            f"{tuple(logits.shape)}: expected a float for each class."
+        )
+    if head is Head.MULTI_LABEL and weights.device.type == "cpu" and ((weights < 0) | (weights > 1)).any():
+        raise ValueError(
+            f"The labels go from {weights.min():g} to {weights.max():g}; several labels per example are 0 or 1 each. "
+            "An example without labels cannot stand among others that have them."
         )
 
 
 def check_mixed(weights: Tensor) -> None:
-    """Raise a `ValueError` for weights (N, C) that are not shares of one or two classes; on a CPU only."""
-    if weights.device.type != "cpu":
-        return
-    positive = (weights > 0).sum(1)
+    """Raise a `ValueError` for weights (N, C) that are not shares of one or two classes. Reads the device."""
+    positive = int((weights > 0).sum(1).max())
     if ((weights < 0).any(1) | ((weights.sum(1) - 1).abs() > 1e-2)).any():
         raise ValueError(
             "The labels are class weights with rows that are negative or do not sum to 1. Mixed examples have shares "
             'of classes; for several labels an example set config.problem_type = "multi_label_classification".'
         )
-    if positive.max() > 2:
+    if positive > 2:
         raise ValueError(
-            f"An example has {int(positive.max())} classes of positive weight; mixing gives two. Leave smoothing to "
-            "the hard-label loss: label_smoothing_factor in the training arguments, not in the collator."
+            f"An example has {positive} classes of positive weight; mixing gives two. Leave smoothing to the "
+            "hard-label loss: label_smoothing_factor in the training arguments, not in the collator."
         )
 
 
@@ -277,7 +293,14 @@ def _rows_of_each_label(student: Tensor, teacher: Tensor, labels: Tensor, weight
     )
     present = (teacher > 0 if weights is None else weights > 0.5).long()
     targets = torch.where(labels.unsqueeze(1) == IGNORE_INDEX, labels.unsqueeze(1), present)
-    return Rows(student_pairs, teacher_pairs, targets.flatten())
+    return Rows(student_pairs, teacher_pairs, targets.flatten(), per_example=student.shape[1])
+
+
+def labelled_by_teacher(aligned: Rows, chosen: Tensor) -> Rows:
+    """`aligned` with the teacher's most likely class as the label of the rows that are `chosen` (R,)."""
+    if aligned.per_example > 1:
+        return aligned  # without labels they are the teacher's decisions already
+    return aligned._replace(labels=torch.where(chosen, aligned.teacher.argmax(1), aligned.labels), by_teacher=chosen)
 
 
 def other_classes(head: Head, student_classes: int, teacher_classes: int) -> str:

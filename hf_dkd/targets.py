@@ -18,8 +18,9 @@ def distilled(
 ) -> tuple[Tensor, Tensor]:
     """The labels where their logits stand, all -100 if the batch has none, and booleans alike: rows to be distilled.
 
-    Those are all examples of a classifier, and of the token heads all tokens that the attention mask lets see (of an
-    encoder-decoder, the decoder's mask; without one, the labelled positions), whether they have a label or not.
+    Those are all examples of a classifier. Of the token heads they are the tokens with a label and those that the
+    attention mask lets see, of an encoder-decoder the decoder's mask. Without a mask only the labels tell padding from
+    text; without labels either, all tokens are distilled.
 
     Raises:
         ValueError: where neither labels nor inputs tell which rows there are.
@@ -30,33 +31,21 @@ def distilled(
             some = next(value for value in batch.values() if isinstance(value, Tensor))
             labels = torch.full((find_batch_size(batch),), rows.IGNORE_INDEX, device=some.device)
         return labels, torch.ones_like(labels, dtype=torch.bool)
-    visible = _visible(batch, "decoder_" if encoder_decoder else "")
+    prefix = "decoder_" if encoder_decoder else ""
+    mask = batch.get(f"{prefix}attention_mask")
+    visible = mask.bool() if isinstance(mask, Tensor) and mask.ndim == 2 else None
     if labels is None:
-        if visible is None:
-            inputs = "decoder_input_ids" if encoder_decoder else "input_ids"
-            raise ValueError(
-                f"Without labels, the tokens that are distilled are those of {inputs}, which the batch lacks: it has "
-                f"{', '.join(batch)}."
-            )
-        labels = torch.full_like(visible, rows.IGNORE_INDEX, dtype=torch.long)
+        visible = _all_tokens(batch, prefix) if visible is None else visible
+        return torch.full_like(visible, rows.IGNORE_INDEX, dtype=torch.long), visible
     labelled = labels != rows.IGNORE_INDEX
     return labels, labelled if visible is None else visible | labelled
 
 
-def filled(labels: Tensor, chosen: Tensor, teacher_logits: Tensor) -> Tensor:
-    """`labels` with the teacher's most likely class at the `chosen` rows that have none.
-
-    Args:
-        labels: as `distilled` gives them, in any shape (...).
-        chosen: the same.
-        teacher_logits: (..., C), the student's classes in the student's order.
-    """
-    return torch.where(chosen & (labels == rows.IGNORE_INDEX), teacher_logits.argmax(-1), labels)
-
-
-def _visible(batch: Mapping[str, Any], prefix: str) -> Tensor | None:
-    mask = batch.get(f"{prefix}attention_mask")
-    if isinstance(mask, Tensor) and mask.ndim == 2:
-        return mask.bool()
+def _all_tokens(batch: Mapping[str, Any], prefix: str) -> Tensor:
     inputs = next((batch[prefix + name] for name in ("input_ids", "inputs_embeds") if prefix + name in batch), None)
-    return None if inputs is None else torch.ones(inputs.shape[:2], dtype=torch.bool, device=inputs.device)
+    if inputs is None:
+        raise ValueError(
+            f"Without labels, the tokens that are distilled are those of {prefix}input_ids, which the batch lacks: it "
+            f"has {', '.join(batch)}."
+        )
+    return torch.ones(inputs.shape[:2], dtype=torch.bool, device=inputs.device)

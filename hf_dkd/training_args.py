@@ -159,16 +159,16 @@ class DKDArgumentsMixin:
             raise ValueError(
                 f'dkd_top_k is {self.dkd_top_k} with distillation="kd", which does not divide the classes: choose one.'
             )
-        if self.dkd_top_k < 2 and self.dkd_top_k_beta != 1:
+        if self.dkd_top_k < 3 and self.dkd_top_k_beta != 1:
             raise ValueError(
                 f"dkd_top_k_beta is {self.dkd_top_k_beta} with dkd_top_k {self.dkd_top_k}: it weighs the teacher's "
-                "second to k-th class, of which there are none. Set dkd_top_k to 2 or more."
+                "second to k-th class, which need to be two or more. Set dkd_top_k to 3 or more."
             )
 
     @property
     def distils(self) -> bool:
         """Whether any distillation term has weight, so that the teacher must run."""
-        of_dkd = self.dkd_beta > 0 or (self.dkd_top_k > 1 and self.dkd_top_k_beta > 0)
+        of_dkd = self.dkd_beta > 0 or (self.dkd_top_k > 2 and self.dkd_top_k_beta > 0)
         return self.dkd_alpha > 0 or (self.distillation == "dkd" and of_dkd)
 
     def dkd_weight(self, step: int, max_steps: int, steps_per_epoch: float | None) -> float:

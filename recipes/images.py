@@ -36,7 +36,8 @@ class AugmentationArguments:
     cutmix_alpha: float = option(0.0, "The same for CutMix. With both, each batch takes one of them.")
 
     def __post_init__(self) -> None:
-        for name, most in (("random_crop_padding", 1), ("rand_augment_layers", 14), ("rand_augment_magnitude", 30)):
+        ranges = {"random_crop_padding": 1, "rand_augment_layers": 14, "rand_augment_magnitude": 30}
+        for name, most in (ranges | {"mixup_alpha": 100, "cutmix_alpha": 100}).items():
             if not 0 <= getattr(self, name) <= most:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected 0 to {most}.")
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from digits import DigitsArguments, fit, load_splits, summarise, table, vit
-from options import option
+from options import fail, option
 from tqdm.auto import tqdm
 from transformers import EvalPrediction, HfArgumentParser, default_data_collator, set_seed
 from transformers.utils.logging import set_verbosity_error
@@ -102,6 +102,8 @@ def main() -> None:
         for name, case in cases(args.labelled_share).items()
         if args.cases is None or name.startswith(tuple(args.cases.split(",")))
     }
+    if not chosen or args.seeds < 1:
+        fail(f"--cases {args.cases} --seeds {args.seeds}: nothing to run; cases begin with {', '.join(cases(10))}.")
     runs: dict[str, list[dict]] = {name: [] for name in chosen}
     progress = tqdm(total=args.seeds * len(chosen), unit="run", disable=args.process_index > 0)
     for seed in range(args.seeds):

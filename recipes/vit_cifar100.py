@@ -99,7 +99,7 @@ def build(data: ImageArguments, student: StudentArguments, args: ImageTrainingAr
                 collator = DataCollatorWithTeacherInputs(collator, ImageCollator(teacher_processor))
         if data.mixup_alpha or data.cutmix_alpha:
             model.config.problem_type = "single_label_classification"  # shares of classes, not several labels
-            collator = DataCollatorForMixup(collator, len(names), data.mixup_alpha, data.cutmix_alpha)
+            collator = DataCollatorForMixup(collator, len(names), data.mixup_alpha, data.cutmix_alpha, args.seed)
         trainer = DKDTrainer(
             model=model,
             args=args,

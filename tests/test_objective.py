@@ -28,7 +28,7 @@ METHODS = [
     {"dkd_alpha": 0.5, "dkd_beta": 4.0, "dkd_temperature": 4.0},
     {"distillation": "kd", "dkd_alpha": 0.5, "dkd_temperature": 2.0},
 ]
-OPTIONS = [{"dkd_top_k": 2}, {"dkd_standardize": True}]
+OPTIONS = [{"dkd_top_k": 3}, {"dkd_standardize": True}]
 
 
 def some_rows() -> Rows:
@@ -44,7 +44,7 @@ def some_rows() -> Rows:
 
 @pytest.mark.parametrize("settings", METHODS)
 def test_sums_are_the_oracles_over_the_labelled_rows(settings: dict) -> None:
-    student, teacher, labels, _ = some_rows()
+    student, teacher, labels = some_rows()[:3]
     student.requires_grad_()
     sums = distillation_sums(Rows(student, teacher, labels), DKDArgumentsMixin(**settings))
     kept, temperature = labels != IGNORED, settings.get("dkd_temperature", 1.0)
@@ -63,7 +63,7 @@ def test_sums_are_the_oracles_over_the_labelled_rows(settings: dict) -> None:
 
 
 def test_top_k_sums_are_the_oracles_over_the_teachers_ranking() -> None:
-    student, teacher, labels, _ = some_rows()
+    student, teacher, labels = some_rows()[:3]
     kept = labels != IGNORED
     settings = {"dkd_alpha": 0.5, "dkd_beta": 4.0, "dkd_top_k": 3, "dkd_top_k_beta": 2.0, "dkd_temperature": 2.0}
     sums = distillation_sums(Rows(student, teacher, labels), DKDArgumentsMixin(**settings)).named()
@@ -79,7 +79,7 @@ def test_top_k_sums_are_the_oracles_over_the_teachers_ranking() -> None:
 
 @pytest.mark.parametrize("settings", [*METHODS, OPTIONS[0]])
 def test_standardised_sums_are_those_of_the_z_scores(settings: dict) -> None:
-    student, teacher, labels, _ = some_rows()
+    student, teacher, labels = some_rows()[:3]
     z_scores = ((one - one.mean(1, keepdim=True)) / one.std(1, keepdim=True) for one in (student, teacher))
     expected = distillation_sums(Rows(*z_scores, labels), DKDArgumentsMixin(**settings)).named()
     found = distillation_sums(Rows(student, teacher, labels), DKDArgumentsMixin(**settings, dkd_standardize=True))
@@ -88,8 +88,16 @@ def test_standardised_sums_are_those_of_the_z_scores(settings: dict) -> None:
     )
 
 
+def test_the_rows_of_an_example_count_by_their_mean() -> None:
+    student, teacher, labels = some_rows()[:3]
+    whole = distillation_sums(Rows(student, teacher, labels), DKDArgumentsMixin()).named()
+    halves = distillation_sums(Rows(student, teacher, labels, per_example=2), DKDArgumentsMixin()).named()
+    for name, value in whole.items():
+        assert halves[name].item() == pytest.approx(value.item() / 2)
+
+
 def test_a_fault_in_a_row_without_a_label_is_none() -> None:
-    student, teacher, labels, _ = some_rows()
+    student, teacher, labels = some_rows()[:3]
     teacher[7], student[6, 0] = math.nan, -math.inf
     teacher[1, 2] = math.inf
     rows = Rows(student, teacher, labels)
@@ -108,7 +116,7 @@ def test_a_mean_over_no_rows_is_a_share_of_exactly_zero() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 def test_cross_entropy_is_summed_over_labelled_rows_in_fp32_or_more(dtype: torch.dtype) -> None:
-    student, _, labels, _ = some_rows()
+    student, _, labels = some_rows()[:3]
     logits = student.to(dtype)
     loss = cross_entropy_sum(logits.reshape(2, 4, 5), labels.reshape(2, 4))
     kept = labels != IGNORED

@@ -18,6 +18,7 @@ from hf_dkd.rows import (
     count_labelled,
     has_labels,
     label_columns,
+    labelled_by_teacher,
     labelled_positions,
     logits_of,
     rows_at,
@@ -178,8 +179,17 @@ def test_each_label_of_several_is_a_row_of_two_classes() -> None:
     assert rows.student.tolist() == [[0, 1], [0, -2], [0, 3], [0, 4]]
     assert rows.teacher.tolist() == [[0, 2], [0, 0.5], [0, 6], [0, -1]]
     assert rows.labels.tolist() == [1, 0, IGNORED, IGNORED]
+    assert rows.per_example == 2
     unlabelled = aligned_rows(Head.MULTI_LABEL, student, teacher, torch.tensor([0, 1]))
     assert unlabelled.labels.tolist() == [1, 1, 0, 1], "the teacher's decisions"
+
+
+def test_the_teacher_labels_the_rows_that_it_is_asked_for() -> None:
+    teacher = torch.tensor([[0.0, 1.0, 2.0], [5.0, 1.0, 2.0], [0.0, 3.0, 2.0]])
+    aligned = aligned_rows(Head.CLASSIFICATION, torch.zeros(3, 3), teacher, torch.tensor([0, 2, IGNORED]))
+    chosen = torch.tensor([True, False, False])
+    assert labelled_by_teacher(aligned, chosen).labels.tolist() == [2, 2, IGNORED]
+    assert labelled_by_teacher(aligned, chosen).by_teacher is chosen
 
 
 def test_the_label_of_a_mixed_example_is_its_largest_share() -> None:
@@ -203,8 +213,13 @@ def test_weights_that_are_no_mixture_of_two_are_refused(weights: list, message: 
 
 
 def test_weights_of_other_classes_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"labels have shape \(8, 5\) for logits of shape \(8, 4\)"):
-        check_weights(torch.zeros(8, 5), torch.zeros(8, 4))
+    with pytest.raises(ValueError, match=r"torch.float32 of shape \(8, 5\) for logits of shape \(8, 4\)"):
+        check_weights(Head.CLASSIFICATION, torch.zeros(8, 5), torch.zeros(8, 4))
+    with pytest.raises(ValueError, match=r"torch.int64 of shape \(8, 4\).*expected a float for each class"):
+        check_weights(Head.MULTI_LABEL, torch.zeros(8, 4, dtype=torch.long), torch.zeros(8, 4))
+    with pytest.raises(ValueError, match=r"go from -100 to 1; several labels per example are 0 or 1 each"):
+        check_weights(Head.MULTI_LABEL, torch.tensor([[1.0, 0.0], [-100.0, -100.0]]), torch.zeros(2, 2))
+    check_weights(Head.MULTI_LABEL, torch.tensor([[1.0, 0.0], [0.0, 0.0]]), torch.zeros(2, 2))
 
 
 @pytest.mark.parametrize("wrong", [5, 77, -1])
@@ -218,10 +233,9 @@ def test_a_row_without_a_label_is_in_no_class_and_none_too_many() -> None:
     assert rows.labels.tolist() == [IGNORED, 4]
 
 
-def test_several_labels_an_example_keep_their_shape_for_the_message() -> None:
-    labels = aligned_labels(Head.CLASSIFICATION, {"labels": torch.zeros(8, 5, dtype=torch.long)})
-    with pytest.raises(ValueError, match=r"logits have shape \(8, 5\) for labels of shape \(8, 5\)"):
-        rows_at(torch.zeros(8, 5), labels, None, "student")
+def test_whole_numbers_for_each_class_are_told_to_be_floats() -> None:
+    with pytest.raises(ValueError, match=r"torch.int64 of shape \(8, 5\): expected one.*cast them to float"):
+        aligned_labels(Head.CLASSIFICATION, {"labels": torch.zeros(8, 5, dtype=torch.long)})
 
 
 def test_question_answering_needs_the_length_of_its_window() -> None:

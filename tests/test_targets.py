@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from hf_dkd.heads import Head
-from hf_dkd.targets import distilled, filled
+from hf_dkd.targets import distilled
 
 NAMES = ("labels",)
 IDS = torch.arange(8).view(2, 4)
@@ -32,6 +32,8 @@ def test_tokens_that_are_visible_or_labelled_are_distilled(head: Head) -> None:
     assert (labels == -100).all()
     assert torch.equal(chosen, MASK.bool())
     assert distilled(head, {"input_ids": IDS}, NAMES)[1].all()
+    # Without a mask only the labels tell padding from text.
+    assert torch.equal(distilled(head, {"input_ids": IDS, "labels": TAGS}, NAMES)[1], TAGS != -100)
 
 
 def test_a_causal_model_is_distilled_where_it_predicts() -> None:
@@ -45,12 +47,9 @@ def test_a_causal_model_is_distilled_where_it_predicts() -> None:
 def test_of_an_encoder_decoder_the_decoders_mask_counts() -> None:
     batch = {"input_ids": IDS, "attention_mask": MASK, "labels": TAGS[:, :3]}
     assert distilled(Head.LM, batch, NAMES, True)[1].tolist() == (TAGS[:, :3] != -100).tolist()
-    batch |= {"decoder_input_ids": IDS[:, :3], "decoder_attention_mask": MASK[:, 1:]}
-    assert torch.equal(distilled(Head.LM, batch, NAMES, True)[1], MASK[:, 1:].bool())
+    batch["decoder_input_ids"] = IDS[:, :3]  # as a collator shifts them from the labels, padding and all
+    assert distilled(Head.LM, batch, NAMES, True)[1].tolist() == (TAGS[:, :3] != -100).tolist()
+    batch["decoder_attention_mask"] = MASK[:, 1:]
+    assert torch.equal(distilled(Head.LM, batch, NAMES, True)[1], MASK[:, 1:].bool() | (TAGS[:, :3] != -100))
     with pytest.raises(ValueError, match="decoder_input_ids, which the batch lacks: it has input_ids"):
         distilled(Head.LM, {"input_ids": IDS}, NAMES, True)
-
-
-def test_the_teacher_labels_chosen_rows_that_have_none() -> None:
-    logits = torch.nn.functional.one_hot(torch.tensor([[0, 3, 0, 2], [1, 1, 2, 0]]), 4).float()
-    assert filled(TAGS, MASK.bool(), logits).tolist() == [[1, 3, 2, -100], [1, 1, 2, 3]]

@@ -11,11 +11,12 @@ from transformers import (
     BertForSequenceClassification,
     BertForTokenClassification,
     GPT2LMHeadModel,
+    Trainer,
     ViTForImageClassification,
     default_data_collator,
 )
 
-from hf_dkd import DataCollatorForMixup, DKDTrainer
+from hf_dkd import DataCollatorForMixup, DKDMixin, DKDTrainer
 
 from . import oracle
 from .trainer_helpers import (
@@ -33,16 +34,19 @@ from .trainer_helpers import (
 )
 
 HEADS = [
-    pytest.param(ViTForImageClassification, images(4), id="vit"),
-    pytest.param(BertForTokenClassification, tagged([6, 0, 2, 3]), id="bert_tokens"),
+    pytest.param(ViTForImageClassification, images(4, classes=6), id="vit"),
+    pytest.param(BertForTokenClassification, tagged([6, 0, 2, 3], classes=6), id="bert_tokens"),
 ]
 SETTINGS: dict[str, float] = {"dkd_alpha": 0.5, "dkd_beta": 4.0, "dkd_temperature": 2.0, "ce_weight": 0.25}
 
 
+def by_rank(teacher: Tensor) -> Tensor:
+    return torch.tensor([0, 1, 1, 2, 2, 2])[teacher.argsort(1, descending=True).argsort(1)]
+
+
 def by_ranking(student: Tensor, teacher: Tensor) -> Tensor:
-    """The loss of rows with the teacher's first class, its next, and the other two as groups."""
-    ranks = teacher.argsort(1, descending=True).argsort(1)
-    between, within, _ = oracle.grouped(student, teacher, torch.tensor([0, 1, 2, 2])[ranks], 3, 2.0)
+    """The loss of rows with the teacher's first class, its next two, and the other three as groups."""
+    between, within, _ = oracle.grouped(student, teacher, by_rank(teacher), 3, 2.0)
     return 4 * (0.5 * between + 3 * within[:, 1] + 4 * within[:, 2])
 
 
@@ -52,7 +56,7 @@ def standardised(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
 
 
 OPTIONS: list[Any] = [
-    pytest.param({"dkd_top_k": 2, "dkd_top_k_beta": 3.0}, lambda s, t, y: by_ranking(s, t), id="top k"),
+    pytest.param({"dkd_top_k": 3, "dkd_top_k_beta": 3.0}, lambda s, t, y: by_ranking(s, t), id="top k"),
     pytest.param({"dkd_standardize": True}, standardised, id="standardised"),
 ]
 
@@ -63,7 +67,7 @@ OPTIONS: list[Any] = [
 def test_the_step_is_the_oracles_however_it_is_split(
     tmp_path: Path, model: Any, examples: Any, options: dict, by_hand: Any, split: tuple[int, int]
 ) -> None:
-    student, teacher = tiny(model, 0), tiny(model, 1)
+    student, teacher = tiny(model, 0, num_labels=6), tiny(model, 1, num_labels=6)
     logits, labels = labelled_logits(student, examples)
     rows = by_hand(logits, labelled_logits(teacher, examples)[0], labels)
     loss = 0.25 * cross_entropy(logits, labels) + rows.mean()
@@ -81,12 +85,13 @@ def test_the_step_is_the_oracles_however_it_is_split(
 
 
 def test_evaluation_reports_the_top_k(tmp_path: Path) -> None:
-    student, teacher = tiny(ViTForImageClassification, 0), tiny(ViTForImageClassification, 1)
-    trainer = trained(tmp_path, student, images(4), teacher, dkd_top_k=2, eval_with_teacher=True)
-    found = trainer.evaluate(images(6))
-    ranks = (logits := labelled_logits(teacher, images(6))[0]).argsort(1, descending=True).argsort(1)
-    groups = torch.tensor([0, 1, 2, 2])[ranks]
-    between, within, _ = oracle.grouped(labelled_logits(student, images(6))[0], logits, groups, 3)
+    student, teacher = (tiny(ViTForImageClassification, seed, num_labels=6) for seed in (0, 1))
+    settings = {"dkd_top_k": 3, "eval_with_teacher": True}
+    trainer = trained(tmp_path, student, images(4, classes=6), teacher, **settings)
+    examples = images(6, classes=6)
+    found = trainer.evaluate(examples)
+    logits = labelled_logits(teacher, examples)[0]
+    between, within, _ = oracle.grouped(labelled_logits(student, examples)[0], logits, by_rank(logits), 3)
     expected = {"eval_tckd": between.mean(), "eval_top_k": within[:, 1].mean(), "eval_nckd": within[:, 2].mean()}
     assert {name: found[name] for name in expected} == pytest.approx(
         {name: value.item() for name, value in expected.items()}, rel=1e-4
@@ -96,14 +101,15 @@ def test_evaluation_reports_the_top_k(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("classes", "options", "message"),
     [
-        (2, {"dkd_standardize": True}, "at least three classes; got 2"),
-        (4, {"dkd_top_k": 4}, "The k of the top k is 4; expected 1 to 3"),
+        (2, {"dkd_standardize": True}, "dkd_standardize is set for two classes"),
+        (4, {"dkd_top_k": 4}, "dkd_top_k is 4 for 4 classes; expected less"),
+        (2, {"dkd_alpha": 0.0, "ce_weight": 0.0}, "Two classes: NCKD is 0, and dkd_alpha and ce_weight are 0 too"),
     ],
 )
 def test_a_division_that_is_none_is_refused(tmp_path: Path, classes: int, options: dict, message: str) -> None:
     student, teacher = (tiny(ViTForImageClassification, seed, num_labels=classes) for seed in (0, 1))
     with pytest.raises(ValueError, match=message):
-        trained(tmp_path, student, images(4, classes=classes), teacher, **options)
+        DKDTrainer(student, arguments(tmp_path, **options), teacher=teacher)
 
 
 # ---- Rows without a label ----
@@ -176,14 +182,31 @@ def test_a_causal_model_learns_from_raw_text(tmp_path: Path) -> None:
     assert (entry["ce"], entry["teacher_targets"]) == (0, 1)
 
 
-def test_evaluation_stays_with_the_labels(tmp_path: Path) -> None:
-    found = []
-    for target in ("label", "teacher"):
-        student, teacher = tiny(BertForTokenClassification, 0), tiny(BertForTokenClassification, 1)
-        args = arguments(tmp_path, dkd_target=target, eval_with_teacher=True)
-        metrics = DKDTrainer(student, args, teacher=teacher).evaluate(tagged([6, 0, 2, 3]))
-        found.append({name: metrics[f"eval_{name}"] for name in ("loss", "tckd", "nckd", "teacher_accuracy")})
-    assert found[0] == found[1]
+@pytest.mark.parametrize("labelled", [True, False])
+def test_evaluation_is_over_the_same_rows_and_the_teachers_accuracy_over_the_labelled(
+    tmp_path: Path, labelled: bool
+) -> None:
+    student, teacher = tiny(BertForTokenClassification, 0), tiny(BertForTokenClassification, 1)
+    examples = tagged([6, 0, 2, 3])
+    labels = default_data_collator(examples)["labels"].flatten()
+    args = arguments(tmp_path, dkd_target="teacher", eval_with_teacher=True)
+    data = examples if labelled else without_labels(examples)
+    found = DKDTrainer(student, args, teacher=teacher).evaluate(data)
+    with torch.no_grad():
+        logits, teacher_logits = all_logits(student, examples), all_logits(teacher, examples)
+    chosen = teacher_logits.argmax(1)
+    targets = torch.where(labels == -100, chosen, labels) if labelled else chosen
+    tckd, nckd, _, _ = oracle.divergences(logits, teacher_logits, targets)
+    assert (found["eval_tckd"], found["eval_nckd"]) == pytest.approx((tckd.mean().item(), nckd.mean().item()), rel=1e-5)
+    hits = (chosen == labels)[labels != -100].double().mean().item()
+    assert found.get("eval_teacher_accuracy") == (pytest.approx(hits) if labelled else None)
+
+
+def test_labels_that_are_all_missing_report_nothing(tmp_path: Path) -> None:
+    student, teacher = tiny(ViTForImageClassification, 0), tiny(ViTForImageClassification, 1)
+    trainer = DKDTrainer(student, arguments(tmp_path, eval_with_teacher=True), teacher=teacher)
+    found = trainer.evaluate([example | {"labels": -100} for example in images(4)])
+    assert not {"eval_tckd", "eval_nckd", "eval_teacher_agreement", "eval_teacher_accuracy"} & found.keys()
 
 
 @pytest.mark.parametrize("options", [{}, {"dkd_target": "teacher", "dkd_alpha": 0.0, "dkd_beta": 0.0}])
@@ -252,7 +275,7 @@ def test_several_labels_are_said_to_have_no_nckd_and_are_evaluated(tmp_path: Pat
     assert found["eval_loss"] == pytest.approx(expected.item(), rel=1e-5)
 
 
-@pytest.mark.parametrize("options", [{"dkd_top_k": 2}, {"dkd_standardize": True}])
+@pytest.mark.parametrize("options", [{"dkd_top_k": 3}, {"dkd_standardize": True}])
 def test_several_labels_have_nothing_to_rank_or_to_standardise(tmp_path: Path, options: dict) -> None:
     student, teacher = tiny(ViTForImageClassification, 0), tiny(ViTForImageClassification, 1)
     with pytest.raises(ValueError, match=f"{next(iter(options))} is set for a multi-label head"):
@@ -342,3 +365,92 @@ def test_the_collator_mixes_training_batches_alone(tmp_path: Path, mixup: float)
 
 def with_pixels(batch: dict[str, Tensor]) -> list[dict[str, Tensor]]:
     return [{"pixel_values": image} for image in batch["pixel_values"]]
+
+
+# ---- Which kind the numbers of an example are ----
+
+
+def test_shares_are_not_taken_for_several_labels(tmp_path: Path) -> None:
+    student, teacher = tiny(ViTForImageClassification, 0), tiny(ViTForImageClassification, 1)
+    with pytest.raises(ValueError, match="not all of them 0 or 1, and"):
+        trained(tmp_path, student, with_weights(images(4), MIXED), teacher)
+    collator = DataCollatorForMixup(default_data_collator, num_classes=4)
+    trainer = DKDTrainer(student, arguments(tmp_path), data_collator=collator, train_dataset=images(4), teacher=teacher)
+    with pytest.raises(ValueError, match="The collator mixes examples and the student's"):
+        trainer.train()
+
+
+@pytest.mark.parametrize(
+    ("told", "problem"),
+    [("classification", "multi_label_classification"), ("multi_label", "single_label_classification")],
+)
+def test_two_kinds_at_once_are_refused(tmp_path: Path, told: str, problem: str) -> None:
+    student, teacher = (tiny(ViTForImageClassification, seed, problem_type=problem) for seed in (0, 1))
+    with pytest.raises(ValueError, match=f"dkd_head is '{told}' and the student's config.problem_type '{problem}'"):
+        DKDTrainer(student, arguments(tmp_path, dkd_head=told), teacher=teacher)
+
+
+@pytest.mark.parametrize("problem", ["multi_label_classification", "single_label_classification"])
+@pytest.mark.parametrize("taught", [True, False])
+def test_an_own_loss_function_gets_the_count_that_trainer_gives(tmp_path: Path, problem: str, taught: bool) -> None:
+    counts = {}
+    weights = SEVERAL if problem.startswith("multi") else MIXED
+    for trainer_class in (Trainer, DKDTrainer):
+        seen = counts.setdefault(trainer_class, [])
+
+        def own(outputs: Any, labels: Tensor, num_items_in_batch: Any = None, seen: Any = seen) -> Tensor:
+            seen.append(int(num_items_in_batch))
+            return binary_cross_entropy_with_logits(outputs["logits"], labels, reduction="sum") / num_items_in_batch
+
+        student, teacher = (tiny(ViTForImageClassification, seed, problem_type=problem) for seed in (0, 1))
+        sizes = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+        given = {"teacher": teacher} if taught and trainer_class is DKDTrainer else {}
+        trainer = trainer_class(
+            student, arguments(tmp_path, **sizes), train_dataset=with_weights(images(4), weights),
+            compute_loss_func=own, **given,
+        )  # fmt: skip
+        trainer.train()
+        trainer.evaluate(with_weights(images(4), weights))
+    assert counts[DKDTrainer] == counts[Trainer] == [16, 16, 16]
+
+
+def test_the_loss_of_a_parent_trainer_is_the_hard_term_of_mixed_examples(tmp_path: Path) -> None:
+    class Parent(Trainer):
+        def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
+            outputs = model(pixel_values=inputs["pixel_values"])
+            loss = 3 * cross_entropy(outputs.logits, inputs["labels"])
+            return (loss, outputs) if return_outputs else loss
+
+    class Child(DKDMixin, Parent):
+        pass
+
+    student, teacher = (
+        tiny(ViTForImageClassification, seed, problem_type="single_label_classification") for seed in (0, 1)
+    )
+    expected = 3 * cross_entropy(all_logits(student, images(4)), MIXED.double())
+    trainer = Child(student, arguments(tmp_path), train_dataset=with_weights(images(4), MIXED), teacher=teacher)
+    trainer.train()
+    assert logs_of(trainer)[0]["ce"] == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_a_plain_module_of_several_labels_needs_no_config(tmp_path: Path) -> None:
+    class Plain(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = torch.nn.Linear(64, 4)
+
+        def forward(self, pixel_values: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
+            logits = self.linear(pixel_values.flatten(1))
+            loss = {} if labels is None else {"loss": binary_cross_entropy_with_logits(logits, labels)}
+            return {**loss, "logits": logits}
+
+    torch.manual_seed(0)
+    student, teacher = Plain(), Plain()
+    examples = with_weights(images(4), SEVERAL)
+    p, q = (
+        one.linear(torch.stack([example["pixel_values"] for example in examples]).flatten(1)).double().sigmoid()
+        for one in (teacher, student)
+    )
+    kl = p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log()
+    (entry,) = logs_of(trained(tmp_path, student, examples, teacher, dkd_head="multi_label"))
+    assert entry["tckd"] == pytest.approx(kl.mean().item(), rel=1e-5)

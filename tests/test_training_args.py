@@ -227,7 +227,7 @@ def test_a_token_for_the_teacher_is_not_shown_and_its_keywords_stay_as_given() -
     [
         ({"dkd_top_k": 5, "distillation": "kd"}, 'dkd_top_k is 5 with distillation="kd", which does not divide'),
         ({"dkd_top_k_beta": 2.0}, "dkd_top_k_beta is 2.0 with dkd_top_k 0: it weighs"),
-        ({"dkd_top_k": 1, "dkd_top_k_beta": 2.0}, "dkd_top_k_beta is 2.0 with dkd_top_k 1"),
+        ({"dkd_top_k": 2, "dkd_top_k_beta": 2.0}, "dkd_top_k_beta is 2.0 with dkd_top_k 2.*Set dkd_top_k to 3 or more"),
     ],
 )
 def test_options_that_exclude_each_other_are_refused(settings: dict[str, Any], message: str) -> None:
@@ -237,6 +237,6 @@ def test_options_that_exclude_each_other_are_refused(settings: dict[str, Any], m
 
 def test_weight_on_the_top_k_alone_distils() -> None:
     off = {"dkd_alpha": 0.0, "dkd_beta": 0.0}
-    assert DKDArgumentsMixin(**off, dkd_top_k=2).distils
-    assert not DKDArgumentsMixin(**off, dkd_top_k=2, dkd_top_k_beta=0.0).distils
-    assert not DKDArgumentsMixin(**off, dkd_top_k=1).distils
+    assert DKDArgumentsMixin(**off, dkd_top_k=3).distils
+    assert not DKDArgumentsMixin(**off, dkd_top_k=3, dkd_top_k_beta=0.0).distils
+    assert not DKDArgumentsMixin(**off, dkd_top_k=2).distils, "a group of one class has nothing within"

@@ -15,7 +15,8 @@ def standardized(logits: Tensor) -> Tensor:
     """The z-scores of each row of logits, (N, C) → (N, C): (logits − mean) / standard deviation.
 
     The deviation is the unbiased one, as in the authors' code; a row of equal logits becomes zeros. Classes masked by
-    -inf stay masked, and count for neither. Half precision is computed and returned in float32.
+    -inf stay masked, and count for neither; where they leave fewer than three, the others become zeros. Half precision
+    is computed and returned in float32.
 
     Raises:
         ValueError: for fewer than three classes: two standardised logits are always ±0.71, whatever the model says.
@@ -29,7 +30,7 @@ def standardized(logits: Tensor) -> Tensor:
     masked = logits == -math.inf
     count = (~masked).sum(1, keepdim=True)
     below = logits - logits.masked_fill(masked, 0.0).sum(1, keepdim=True) / count
-    below = below.masked_fill(masked, 0.0)
+    below = below.masked_fill(masked | (count < 3), 0.0)
     variance = below.square().sum(1, keepdim=True) / (count - 1).clamp(min=1)
     # The slope of a square root is infinite at 0, where it would meet a factor of 0.
     deviation = torch.where(variance > 0, variance, 1.0).sqrt() * (variance > 0)

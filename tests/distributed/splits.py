@@ -25,7 +25,7 @@ NAMES = [
 NAMES_OF_SEVERAL_STEPS = ["bert_tokens", "convnext", "llama"]
 # Other divisions of the classes, other targets: on one head of whole examples and one of ragged tokens.
 OPTIONS: dict[str, dict[str, Any]] = {
-    "top k": {"dkd_top_k": 2, "dkd_top_k_beta": 2.0},
+    "top k": {"dkd_top_k": 3, "dkd_top_k_beta": 2.0},
     "standardised": {"dkd_standardize": True},
     "teacher's targets": {"dkd_target": "teacher"},
 }

@@ -54,3 +54,9 @@ def test_half_precision_is_computed_in_float32(dtype: torch.dtype) -> None:
 def test_two_classes_are_refused() -> None:
     with pytest.raises(ValueError, match="at least three classes; got 2"):
         standardized(torch.zeros(4, 2))
+
+
+def test_rows_of_two_visible_classes_have_no_z_scores() -> None:
+    rows = torch.tensor([[1.0, 5.0, -math.inf, -math.inf], [1.0, 2.0, 4.0, -math.inf]])
+    assert standardized(rows)[0].tolist() == [0, 0, -math.inf, -math.inf]
+    assert standardized(rows)[1, :3].std().item() == pytest.approx(1, abs=1e-5)
