@@ -1,8 +1,13 @@
-"""Distil a tagger of words, such as for named entities: by default BERT into DistilBERT on CoNLL-2003.
+"""Distil a tagger of words, such as for named entities: by default a BERT into DistilBERT on CoNLL-2003.
 
-    accelerate launch recipes/bert_token_classification.py --student_model_name_or_path google-bert/bert-base-cased \
-        --output_dir teacher
-    accelerate launch recipes/bert_token_classification.py --teacher_model_name_or_path teacher --output_dir student
+    accelerate launch recipes/bert_token_classification.py
+
+A teacher of one's own, and a student from its layers:
+
+    accelerate launch recipes/bert_token_classification.py --dataset_name FOLDER --output_dir teacher \
+        --student_model_name_or_path google-bert/bert-base-cased
+    accelerate launch recipes/bert_token_classification.py --dataset_name FOLDER --output_dir student \
+        --teacher_model_name_or_path teacher --student_layers 0,3,6,9
 
 Without a teacher it fine-tunes, which is how to make one. Each row of the data has a list of words and one of tags.
 The first subword of each word carries its tag, so that teacher and student must have the same tokenizer: take a student
@@ -22,7 +27,7 @@ from transformers import AutoModelForTokenClassification, DataCollatorForTokenCl
 from hf_dkd import DKDTrainer, DKDTrainingArguments
 from hf_dkd.metrics import tag_lists, tagging_metrics
 
-STUDENT = "distilbert/distilbert-base-cased"
+STUDENT, TEACHER = "distilbert/distilbert-base-cased", "dslim/bert-base-NER"
 CONLL, CONLL_TAGS = "lhoestq/conll2003", "O,B-PER,I-PER,B-ORG,I-ORG,B-LOC,I-LOC,B-MISC,I-MISC"
 IGNORED = -100
 
@@ -33,12 +38,8 @@ class TaggingArguments(DataArguments):
     tokens_column_name: str | None = option(None, "Column of lists of words.")
     tags_column_name: str | None = option(None, "Column of lists of tags.")
     tag_names: str | None = option(None, "Names of the tags, where the data only numbers them from 0: 'O,B-PER,…'.")
-    max_seq_length: int = option(
-        256, "Subwords after which texts are cut off, words and tags; the rest is not evaluated."
-    )
-    label_all_subwords: bool = option(
-        False, "Train on every subword, not on the first of each word alone; evaluation takes the first."
-    )
+    max_seq_length: int = option(256, "Subwords after which texts are cut off; the rest is not evaluated.")
+    label_all_subwords: bool = option(False, "Train on every subword of a word; evaluation takes the first.")
 
 
 @dataclass
@@ -108,9 +109,11 @@ def subword_labels(words: list[int | None], tags: list[int], later: list[int]) -
 def build(data: TaggingArguments, student: StudentArguments, args: TaggingTrainingArguments) -> tuple[Any, DatasetDict]:
     set_seed(args.seed)
     splits, names = load_tagged_texts(data)
-    teacher = args.teacher_model_name_or_path
     if not (student.student_model_name_or_path or student.student_model_type or student.student_layers):
         student.student_model_name_or_path = STUDENT
+        if data.dataset_name == CONLL and data.train_file is None:
+            args.teacher_model_name_or_path = args.teacher_model_name_or_path or TEACHER
+    teacher = args.teacher_model_name_or_path
     tokenizer = load_tokenizers(student.student_model_name_or_path, teacher, splits["train"][:100]["tokens"])
     # Within an entity that began with the word's first subword, the others continue it.
     inside = [names.index(f"I-{tag[2:]}") if f"I-{tag[2:]}" in names else index for index, tag in enumerate(names)]

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset, load_dataset
+from datasets import Dataset, DatasetDict, load_dataset
 from seqeval.metrics import f1_score, precision_score, recall_score
 from transformers import AutoModelForTokenClassification, AutoTokenizer, BertForTokenClassification
 
@@ -221,3 +221,25 @@ def test_wrong_options_get_one_line(
     with pytest.raises(SystemExit):
         recipe("bert_token_classification").main()
     assert "did you mean 'label_all_subwords'?" in capsys.readouterr().err
+
+
+def test_with_no_option_it_distils_hub_models(monkeypatch: Any, tmp_path: Path) -> None:
+    """As far as the network: the ids that are asked for, and the line that says that they cannot be had."""
+    asked: list[Any] = []
+
+    def load_dataset(*name: Any) -> DatasetDict:
+        asked.append(name)
+        return DatasetDict(train=Dataset.from_dict({"tokens": [["a", "b"]] * 20, "ner_tags": [[0, 1]] * 20}))
+
+    def from_pretrained(name: str, **options: Any) -> Any:
+        asked.append(name)
+        if len(asked) == 3:
+            raise OSError("offline")
+        return None
+
+    common = recipe("common")
+    monkeypatch.setattr(common.datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr(common.AutoTokenizer, "from_pretrained", from_pretrained)
+    with pytest.raises(SystemExit, match=r"teacher tokenizer 'dslim.*offline; .* --teacher_model_name_or_path FOLDER"):
+        built("bert_token_classification", output_dir=tmp_path)
+    assert asked == [("lhoestq/conll2003", None), "distilbert/distilbert-base-cased", "dslim/bert-base-NER"]
