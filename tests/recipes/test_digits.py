@@ -43,11 +43,11 @@ def test_the_example_of_other_targets_trains_each_case(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr[-4000:]
     runs = json.loads((tmp_path / "results.json").read_text())["runs"]
-    assert len(runs) == 12
+    assert len(runs) == 13
     assert all(0 <= run["eval_accuracy"] <= 1 for results in runs.values() for run in results)
     means = {name: sum(run["eval_accuracy"] for run in results) / 2 for name, results in runs.items()}
     for name, mean in means.items():
         assert f"{name}  " in done.stdout
         assert f"{100 * mean:.2f} ±" in done.stdout
     # No two cases are the same training.
-    assert len({tuple(run["eval_loss"] for run in results) for results in runs.values()}) == 12
+    assert len({tuple(run["eval_loss"] for run in results) for results in runs.values()}) == 13
