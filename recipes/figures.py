@@ -93,8 +93,16 @@ def save(figure: Figure, path: Path) -> None:
     tqdm.write(f"Wrote {path}")
 
 
+def correlation_matrix(one: Look) -> np.ndarray:
+    """Correlations between the logits of two classes over the examples, (C, C).
+
+    Each example's mean logit is taken off first: it moves all classes alike, and no softmax sees it.
+    """
+    return np.corrcoef((one.logits - one.logits.mean(1, keepdims=True)).T)
+
+
 def correlation(students: dict[str, Look], teacher: Look) -> Figure:
-    gaps = {name: np.abs(np.corrcoef(one.logits.T) - np.corrcoef(teacher.logits.T)) for name, one in students.items()}
+    gaps = {name: np.abs(correlation_matrix(one) - correlation_matrix(teacher)) for name, one in students.items()}
     figure = Figure(figsize=(4.5 * len(gaps) + 0.8, 4.4), layout="constrained")
     panels = figure.subplots(1, len(gaps), squeeze=False)[0]
     top = float(max(gap.max() for gap in gaps.values()))
