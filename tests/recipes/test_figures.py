@@ -27,9 +27,13 @@ def looks() -> tuple[dict[str, Any], Any, np.ndarray]:
 def test_correlations_of_a_copy_are_the_teachers() -> None:
     students, teacher, _ = looks()
     panels = recipe("figures").correlation(students, teacher).axes[:2]
-    gap = np.abs(np.corrcoef(students["student"].logits.T) - np.corrcoef(teacher.logits.T))
+    centred = [one.logits - one.logits.mean(1, keepdims=True) for one in (students["student"], teacher)]
+    gap = np.abs(np.corrcoef(centred[0].T) - np.corrcoef(centred[1].T))
     np.testing.assert_allclose(panels[0].images[0].get_array(), gap)
     assert [panel.get_title() for panel in panels] == [f"student: mean {gap.mean():.3f}", "copy: mean 0.000"]
+    # What moves all logits of an example alike is seen by no softmax.
+    moved = {"moved": teacher._replace(logits=teacher.logits + 5 * np.arange(60)[:, None])}
+    assert recipe("figures").correlation(moved, teacher).axes[0].get_title() == "moved: mean 0.000"
 
 
 def test_terms_by_class_are_means_of_its_rows() -> None:
