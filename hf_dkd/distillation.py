@@ -38,6 +38,7 @@ class DistillationTraining(DistillationSetup):
     """Counts the labelled rows of an optimizer step, and computes a micro-batch's share of the objective over them."""
 
     _checked_mixed = False
+    _distilled_in_step: Tensor | None = None
     # Set by `prediction_step`: what `compute_loss` returns is then the task loss alone.
     _evaluating = False
 
@@ -79,7 +80,7 @@ class DistillationTraining(DistillationSetup):
         if self.args.average_tokens_across_devices and self.args.world_size > 1:
             totals = self.accelerator.gather(totals.unsqueeze(0)).sum(0) // self.get_tp_size()
         # A step without any label is a sum of zeros, whatever it is divided by.
-        labelled, self._distilled_in_step = totals.clamp(min=1).unbind()
+        labelled, self._distilled_in_step = totals.clamp(min=1)
         return batches, labelled
 
     def _counts(self, batch: Mapping[str, Any]) -> Tensor:
@@ -94,9 +95,19 @@ class DistillationTraining(DistillationSetup):
         """Whether rows without a label are distilled."""
         return self.teacher is not None and self.dkd_args.dkd_target == "teacher" and self.dkd_args.distils
 
+    @property
+    def _encoder_decoder(self) -> bool:
+        return bool(getattr(self._config, "is_encoder_decoder", False)) and self._known_head is Head.LM
+
     def _distilled(self, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-        encoder_decoder = bool(getattr(getattr(self._student, "config", None), "is_encoder_decoder", False))
-        return targets.distilled(self._known_head, batch, self.label_names, encoder_decoder)
+        mask = "decoder_attention_mask" if self._encoder_decoder else "attention_mask"
+        of_tokens = self._known_head.has_vocabulary or self._known_head is Head.TOKEN_CLASSIFICATION
+        if of_tokens and batch.get(mask) is None and rows.has_labels(self._known_head, batch, self.label_names):
+            self._say(
+                f'dkd_target is "teacher", but without {mask} only the labels tell text from padding: tokens without a '
+                "label are not distilled."
+            )
+        return targets.distilled(self._known_head, batch, self.label_names, self._encoder_decoder)
 
     # ---- Loss ----
 
@@ -172,7 +183,8 @@ class DistillationTraining(DistillationSetup):
             sums = objective.distillation_sums(aligned, settings).named()
             if self._teacher_labels:
                 sums["teacher_targets"] = distilled - count
-                scale = objective.step_scale(distilled if total is None else self._distilled_in_step, processes)
+                in_step = None if total is None else self._distilled_in_step
+                scale = objective.step_scale(*((distilled, 1) if in_step is None else (in_step, processes)))
             terms |= {name: scale * value for name, value in sums.items()}
             terms["dkd"] = self._weight * terms["dkd"]
             loss = loss + terms["dkd"]
@@ -250,6 +262,7 @@ class DistillationTraining(DistillationSetup):
             labels = labels.masked_fill(by_teacher, 0)
         else:
             labels = rows.aligned_labels(head, inputs, self.label_names)
+        rows.check_one_label(head, labels)
         positions = rows.labelled_positions(head, labels)
         visible = inputs.get("attention_mask") if head is Head.QUESTION_ANSWERING else None
         logits = self._teacher_logits(inputs) if logits is None else logits
@@ -298,4 +311,5 @@ class DistillationTraining(DistillationSetup):
         self._teacher_check = TeacherCheck()
         self._weight = 1.0
         self._checked_mixed = False
+        self._distilled_in_step = None
         self._first_step = 0

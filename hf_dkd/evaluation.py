@@ -82,8 +82,10 @@ class DistillationEvaluation(DistillationTraining):
             loss, logits, labels = super().prediction_step(
                 model, self._student_columns(inputs), prediction_loss_only, ignore_keys=ignore_keys, **kwargs
             )
-        with_terms = self.teacher is not None and self.dkd_args.eval_with_teacher and (labelled or self._teacher_labels)
-        # Without labels no metrics are computed, and an encoder-decoder teacher could not run.
+        # Without labels an encoder-decoder teacher could not run.
+        chosen = self._teacher_labels and not self._encoder_decoder
+        with_terms = self.teacher is not None and self.dkd_args.eval_with_teacher and (labelled or chosen)
+        # Without labels no metrics are computed.
         self._pairs_predictions = self._pairs_predictions and labelled
         with_logits = self._pairs_predictions and logits is not None
         if with_terms or with_logits:

@@ -65,7 +65,7 @@ def distillation_sums(rows: Rows, settings: DKDArgumentsMixin) -> DistillationSu
         dkd=temperature**2 * total(terms),
         tckd=total(tckd.detach()),
         nckd=total(nckd.detach()),
-        teacher_agreement=total((student.argmax(1) == teacher.argmax(1)).float()),
+        teacher_agreement=total((rows.student.argmax(1) == rows.teacher.argmax(1)).float()),
         top_k=None if top_k is None else total(top_k.detach()),
     )
 

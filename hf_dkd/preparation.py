@@ -65,9 +65,10 @@ class DistillationSetup(_Trainer):
 
     def _settle_problem_type(self, batch: Mapping[str, Any]) -> None:
         """Take labels with a number for each class as several labels, as the heads of transformers do unless told."""
+        if self.teacher is None or self.dkd_args.dkd_head is not None or self.head is not Head.CLASSIFICATION:
+            return
         config = self._config
-        undecided = self.dkd_args.dkd_head is None and getattr(config, "problem_type", "") is None
-        if not undecided or config.num_labels < 2 or self.head is not Head.CLASSIFICATION:
+        if getattr(config, "problem_type", "") is not None or config.num_labels < 2:
             return
         weights = rows.class_weights(Head.CLASSIFICATION, batch, self.label_names)
         if weights is None:
@@ -79,6 +80,7 @@ class DistillationSetup(_Trainer):
                 "several labels each."
             )
         config.problem_type = "multi_label_classification"
+        self._say("Labels with a 0 or 1 for each class: taken for several labels per example.")
         if self.label_smoother is not None:
             self._say("label_smoothing_factor has no meaning for several labels per example: it is switched off.")
             self.label_smoother = None

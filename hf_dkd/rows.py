@@ -73,11 +73,6 @@ def aligned_labels(head: Head, batch: Mapping[str, Any], label_names: Sequence[s
             f"The labels are {labels.dtype} of shape {tuple(labels.shape)}, as for regression. Distilling a {head} "
             "head takes one class index per decision (torch.int64)."
         )
-    if head is Head.CLASSIFICATION and labels.ndim == 2 and labels.shape[1] > 1:
-        raise ValueError(
-            f"The labels are {labels.dtype} of shape {tuple(labels.shape)}: expected one class index for each example, "
-            "or a float for each class (cast them to float)."
-        )
     if head is Head.CAUSAL_LM:
         return pad(labels[..., 1:], (0, 1), value=IGNORE_INDEX)
     if head in (Head.CLASSIFICATION, Head.MULTIPLE_CHOICE) and labels.numel() == len(labels):
@@ -215,16 +210,25 @@ def check_labels(labels: Tensor, classes: int) -> None:
         )
 
 
+def check_one_label(head: Head, labels: Tensor) -> None:
+    """Raise a `ValueError` for class indices of several labels per example, which are not told from other numbers."""
+    if head is Head.CLASSIFICATION and labels.ndim > 1:
+        raise ValueError(
+            f"The labels are {labels.dtype} of shape {tuple(labels.shape)}: expected one class index for each example, "
+            "or a float for each class (cast them to float)."
+        )
+
+
 def check_weights(head: Head, weights: Tensor | None, logits: Tensor) -> None:
-    """Raise a `ValueError` for `class_weights` that are not one float for each of the logits (N, C), or on a CPU for
-    those of several labels that are not 0 to 1.
+    """Raise a `ValueError` for `class_weights` that are not one for each of the logits (N, C), or on a CPU for those of
+    several labels that are not 0 to 1.
     """
     if weights is None:
         return
-    if weights.shape != logits.shape or not weights.is_floating_point():
+    if weights.shape != logits.shape:
         raise ValueError(
-            f"The labels are {weights.dtype} of shape {tuple(weights.shape)} for logits of shape "
-            f"{tuple(logits.shape)}: expected a float for each class."
+            f"The labels have shape {tuple(weights.shape)} for logits of shape {tuple(logits.shape)}: expected a "
+            "number for each class."
         )
     if head is Head.MULTI_LABEL and weights.device.type == "cpu" and ((weights < 0) | (weights > 1)).any():
         raise ValueError(
@@ -298,8 +302,8 @@ def _rows_of_each_label(student: Tensor, teacher: Tensor, labels: Tensor, weight
 
 def labelled_by_teacher(aligned: Rows, chosen: Tensor) -> Rows:
     """`aligned` with the teacher's most likely class as the label of the rows that are `chosen` (R,)."""
-    if aligned.per_example > 1:
-        return aligned  # without labels they are the teacher's decisions already
+    if aligned.per_example > 1:  # whose labels are the teacher's decisions already
+        return aligned._replace(by_teacher=chosen.repeat_interleave(aligned.per_example))
     return aligned._replace(labels=torch.where(chosen, aligned.teacher.argmax(1), aligned.labels), by_teacher=chosen)
 
 

@@ -4,7 +4,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from accelerate.utils import find_batch_size
 from torch import Tensor
 
 from . import rows
@@ -29,7 +28,7 @@ def distilled(
     if head in _PER_EXAMPLE:
         if labels is None:
             some = next(value for value in batch.values() if isinstance(value, Tensor))
-            labels = torch.full((find_batch_size(batch),), rows.IGNORE_INDEX, device=some.device)
+            labels = torch.full((len(some),), rows.IGNORE_INDEX, device=some.device)
         return labels, torch.ones_like(labels, dtype=torch.bool)
     prefix = "decoder_" if encoder_decoder else ""
     mask = batch.get(f"{prefix}attention_mask")

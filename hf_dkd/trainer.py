@@ -41,8 +41,9 @@ class DKDMixin(DistillationEvaluation):
     (https://github.com/huggingface/transformers/issues/47688).
 
     A batch without labels has no CE, and the parent's `compute_loss` is not called for it. Mixed examples, which
-    `Trainer`'s own cannot take, have the cross-entropy with their shares. Where the teacher labels rows (`dkd_target`),
-    the distillation term is a mean over all rows that it distils.
+    `Trainer`'s own cannot take, have the cross-entropy with their shares, or what a parent's own `compute_loss` makes
+    of labels (B, C). Where the teacher labels rows (`dkd_target`), the distillation term is a mean over all rows that
+    it distils.
 
     Args:
         teacher: a module, a path or Hub id, or a `Teacher`. Default: `args.teacher_model_name_or_path`.

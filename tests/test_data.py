@@ -261,6 +261,19 @@ def test_what_is_drawn_depends_on_the_batch_alone() -> None:
     assert len({tuple(batch["labels"].flatten().tolist()) for batch in first[:9]}) == 9
 
 
+def test_small_images_with_constant_pixels_are_mixed_anew_in_each_batch() -> None:
+    generator = torch.Generator().manual_seed(0)
+
+    def digits(examples: list[int]) -> dict[str, Tensor]:
+        pixels = torch.zeros(len(examples), 1, 8, 8)  # with an empty border, as in scikit-learn's digits
+        pixels[..., 2:6, 2:6] = torch.rand(len(examples), 1, 4, 4, generator=generator)
+        return {"pixel_values": pixels, "labels": torch.tensor(examples)}
+
+    collator = DataCollatorForMixup(digits, num_classes=9)
+    labels = {tuple(collator.for_training([0, 1, 2, 3])["labels"].flatten().tolist()) for _ in range(20)}
+    assert len(labels) > 15, "by chance two are alike, as where a box is of no pixel"
+
+
 def test_batches_for_evaluation_are_not_mixed() -> None:
     batch = DataCollatorForMixup(constant_images, num_classes=9)([3, 4])
     assert batch["labels"].tolist() == [3, 4]

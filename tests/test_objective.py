@@ -96,6 +96,12 @@ def test_the_rows_of_an_example_count_by_their_mean() -> None:
         assert halves[name].item() == pytest.approx(value.item() / 2)
 
 
+def test_agreement_is_that_of_the_models_where_z_scores_tell_none() -> None:
+    masked = [-math.inf, -math.inf]
+    rows = Rows(torch.tensor([[1.0, 2.0, *masked]]), torch.tensor([[2.0, 1.0, *masked]]), torch.tensor([0]))
+    assert distillation_sums(rows, DKDArgumentsMixin(dkd_standardize=True)).teacher_agreement == 0
+
+
 def test_a_fault_in_a_row_without_a_label_is_none() -> None:
     student, teacher, labels = some_rows()[:3]
     teacher[7], student[6, 0] = math.nan, -math.inf

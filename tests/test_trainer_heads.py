@@ -96,7 +96,7 @@ def test_a_regression_head_is_refused_at_construction(tmp_path):
     ("labels", "message"),
     [
         (torch.rand(4), r"labels are torch\.float32 of shape \(4,\).*takes one class index"),
-        (torch.ones(4, 6), r"labels are torch.float32 of shape \(4, 6\) for logits of shape \(4, 5\)"),
+        (torch.ones(4, 6), r"labels have shape \(4, 6\) for logits of shape \(4, 5\)"),
     ],
 )
 @pytest.mark.parametrize("problem", ["multi_label_classification", None])

@@ -11,12 +11,13 @@ from transformers import (
     BertForSequenceClassification,
     BertForTokenClassification,
     GPT2LMHeadModel,
+    T5ForConditionalGeneration,
     Trainer,
     ViTForImageClassification,
     default_data_collator,
 )
 
-from hf_dkd import DataCollatorForMixup, DKDMixin, DKDTrainer
+from hf_dkd import DataCollatorForMixup, DKDMixin, DKDSeq2SeqTrainer, DKDSeq2SeqTrainingArguments, DKDTrainer
 
 from . import oracle
 from .trainer_helpers import (
@@ -202,6 +203,40 @@ def test_evaluation_is_over_the_same_rows_and_the_teachers_accuracy_over_the_lab
     assert found.get("eval_teacher_accuracy") == (pytest.approx(hits) if labelled else None)
 
 
+def test_the_teacher_is_not_right_by_its_own_labels(tmp_path: Path) -> None:
+    student, teacher = (tiny(ViTForImageClassification, s, problem_type="multi_label_classification") for s in (0, 1))
+    args = arguments(tmp_path, dkd_target="teacher", eval_with_teacher=True)
+    found = DKDTrainer(student, args, teacher=teacher).evaluate(without_labels(images(4)))
+    assert found["eval_tckd"] > 0
+    assert "eval_teacher_accuracy" not in found
+
+
+def test_an_encoder_decoder_predicts_without_labels(tmp_path: Path) -> None:
+    student, teacher = tiny(T5ForConditionalGeneration, 0), tiny(T5ForConditionalGeneration, 1)
+    settings = {"dkd_target": "teacher", "eval_with_teacher": True, "predict_with_generate": True}
+    args = arguments(tmp_path, DKDSeq2SeqTrainingArguments, **settings)
+    output = DKDSeq2SeqTrainer(student, args, teacher=teacher).predict(without_labels(sentences(4)))
+    assert len(output.predictions) == 4
+
+
+def test_a_step_that_is_computed_by_hand_needs_no_count_of_ours(tmp_path: Path) -> None:
+    losses = []
+    for target in ("label", "teacher"):
+        student, teacher = tiny(ViTForImageClassification, 0), tiny(ViTForImageClassification, 1)
+        trainer = DKDTrainer(student, arguments(tmp_path, dkd_target=target), teacher=teacher)
+        batch = default_data_collator(images(4))
+        losses.append(trainer.compute_loss(student, batch, num_items_in_batch=torch.tensor(4)).item())
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+
+
+def test_tokens_that_no_mask_shows_are_told_to_be_left_out(tmp_path: Path, caplog: Any) -> None:
+    student, teacher = tiny(GPT2LMHeadModel, 0), tiny(GPT2LMHeadModel, 1)
+    texts = [{"input_ids": one["input_ids"], "labels": one["input_ids"]} for one in sentences(4)]
+    (entry,) = logs_of(trained(tmp_path, student, texts, teacher, dkd_target="teacher"))
+    assert entry["teacher_targets"] == 0
+    assert caplog.text.count("without attention_mask only the labels tell text from padding") == 1
+
+
 def test_labels_that_are_all_missing_report_nothing(tmp_path: Path) -> None:
     student, teacher = tiny(ViTForImageClassification, 0), tiny(ViTForImageClassification, 1)
     trainer = DKDTrainer(student, arguments(tmp_path, eval_with_teacher=True), teacher=teacher)
@@ -368,6 +403,25 @@ def with_pixels(batch: dict[str, Tensor]) -> list[dict[str, Tensor]]:
 
 
 # ---- Which kind the numbers of an example are ----
+
+
+def test_without_a_teacher_labels_are_what_the_script_makes_of_them(tmp_path: Path) -> None:
+    """Numbers for each class with a loss function of the script's own, and two class indices an example."""
+
+    def squares(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
+        return (outputs["logits"][:, : labels.shape[1]] - labels).square().mean() / 2
+
+    for labels in (torch.rand(4, 4), torch.tensor([[0, 1], [1, 2], [2, 3], [3, 0]])):
+        logs = []
+        for trainer_class in (Trainer, DKDTrainer):
+            student = tiny(ViTForImageClassification, 0)
+            sizes = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+            given = {"train_dataset": with_weights(images(4), labels), "compute_loss_func": squares}
+            trainer = trainer_class(student, arguments(tmp_path, **sizes), **given)
+            trainer.train()
+            logs.append(logs_of(trainer)[0]["loss"])
+            assert student.config.problem_type is None
+        assert logs[0] == pytest.approx(logs[1], rel=1e-6)
 
 
 def test_shares_are_not_taken_for_several_labels(tmp_path: Path) -> None:
