@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import Trainer
 from transformers.trainer_utils import has_length
 
-from . import objective, rows, targets
+from . import classes, objective, rows, targets
 from .heads import Head
 from .preparation import DistillationSetup
 from .teacher_check import TeacherCheck
@@ -225,7 +225,7 @@ class DistillationTraining(DistillationSetup):
         """Check the shares of mixed examples: on a CPU always, elsewhere once, since it waits for the device."""
         weights = self._mixed(inputs)
         if weights is not None and (weights.device.type == "cpu" or not self._checked_mixed):
-            rows.check_mixed(weights)
+            classes.check_mixed(weights)
             self._checked_mixed = True
 
     def _mixes_here(self, inputs: Mapping[str, Any]) -> bool:
@@ -262,27 +262,27 @@ class DistillationTraining(DistillationSetup):
             labels = labels.masked_fill(by_teacher, 0)
         else:
             labels = rows.aligned_labels(head, inputs, self.label_names)
-        rows.check_one_label(head, labels)
+        classes.check_one_label(head, labels)
         positions = rows.labelled_positions(head, labels)
         visible = inputs.get("attention_mask") if head is Head.QUESTION_ANSWERING else None
         logits = self._teacher_logits(inputs) if logits is None else logits
         taken = rows.rows_at(logits, labels, positions, "teacher", visible)
         # Before the student's own loss fails on them with less to say.
-        rows.check_labels(labels, taken.shape[1])
+        classes.check_labels(labels, taken.shape[1])
         weights = rows.class_weights(head, inputs, self.label_names)
-        rows.check_weights(head, weights, taken)
+        classes.check_weights(head, weights, taken)
         return TeacherRows(taken, labels, positions, visible, weights, by_teacher, self._the_teacher.columns_in(inputs))
 
-    def _side_by_side(self, outputs: Any, teacher: TeacherRows, moment: str) -> rows.Rows:
+    def _side_by_side(self, outputs: Any, teacher: TeacherRows, moment: str) -> classes.Rows:
         """The student's rows beside the teacher's, over the same classes and checked."""
         head, (teacher_rows, labels, positions, visible, weights, by_teacher, columns) = self._known_head, teacher
         logits = rows.logits_of(outputs, "student", head)
         student_rows = rows.rows_at(logits, labels, positions, "student", visible)
         labels = labels.flatten() if positions is None else labels.flatten().index_select(0, positions)
-        aligned = rows.aligned_rows(head, student_rows, teacher_rows, labels, self._class_order, weights)
+        aligned = classes.aligned_rows(head, student_rows, teacher_rows, labels, self._class_order, weights)
         if by_teacher is not None:
             by_teacher = by_teacher.flatten() if positions is None else by_teacher.flatten().index_select(0, positions)
-            aligned = rows.labelled_by_teacher(aligned, by_teacher)
+            aligned = classes.labelled_by_teacher(aligned, by_teacher)
         if head.has_vocabulary and aligned.student.shape[1] < max(student_rows.shape[1], teacher_rows.shape[1]):
             self._say(
                 f"Vocabularies of {student_rows.shape[1]} (student) and {teacher_rows.shape[1]} (teacher) rows: only "

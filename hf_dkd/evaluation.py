@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import EvalPrediction
 from transformers.trainer_utils import EvalLoopOutput
 
-from . import objective, rows
+from . import classes, objective, rows
 from .distillation import DistillationTraining
 from .heads import Head
 
@@ -93,7 +93,7 @@ class DistillationEvaluation(DistillationTraining):
             if with_terms:
                 self._add_eval_terms(inputs, outputs[0], teacher_logits, counted)
             if with_logits:
-                ordered: Any = rows.in_order(teacher_logits, self._class_order)
+                ordered: Any = classes.in_order(teacher_logits, self._class_order)
                 # Start and end logits apart, as the student's: along the first dimension stand the examples.
                 apart = tuple(ordered) if self.head is Head.QUESTION_ANSWERING else ordered
                 return loss, (logits, apart), labels

@@ -8,11 +8,12 @@ from accelerate import Accelerator
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from .classes import Rows
 from .losses.arithmetic import student_masks_mass
 from .losses.decoupled import row_divergences, row_kl, unusable_teacher_rows, weighted_sum
 from .losses.grouped import mixed_groups, row_grouped_kl, top_k_groups, weighted_groups
 from .losses.standardized import standardized
-from .rows import IGNORE_INDEX, Rows
+from .rows import IGNORE_INDEX
 from .training_args import DKDArgumentsMixin
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer
 
-from . import rows
+from . import classes, rows
 from .data import DataCollatorForMixup
 from .heads import Head, bare_model, head_of
 from .teacher import TEACHER_PREFIX, Teacher, class_names_of
@@ -139,9 +139,9 @@ class DistillationSetup(_Trainer):
         order = None
         if self._known_head.has_named_classes:
             names, names_of_teacher = class_names_of(self._student), self.teacher.class_names
-            order = rows.class_order(names, names_of_teacher)
+            order = classes.class_order(names, names_of_teacher)
             if names and names_of_teacher and len(names) != len(names_of_teacher):
-                raise ValueError(rows.other_classes(self._known_head, len(names), len(names_of_teacher)))
+                raise ValueError(classes.other_classes(self._known_head, len(names), len(names_of_teacher)))
             if self._known_head is Head.MULTI_LABEL:
                 self._check_without_nckd("Several labels per example, each a two-class problem")
             elif names and len(names) == 2:
@@ -175,7 +175,7 @@ class DistillationSetup(_Trainer):
             "classical distillation weighed by dkd_alpha."
         )
 
-    def _refuse_impossible_groups(self, classes: int | None) -> None:
+    def _refuse_impossible_groups(self, number: int | None) -> None:
         settings = self.dkd_args
         if self._known_head is Head.MULTI_LABEL and (settings.dkd_top_k or settings.dkd_standardize):
             name = "dkd_top_k" if settings.dkd_top_k else "dkd_standardize"
@@ -183,11 +183,11 @@ class DistillationSetup(_Trainer):
                 f"{name} is set for a multi-label head, where each label is a problem of two classes: there is nothing "
                 "to rank or to standardise among them. Leave it out."
             )
-        if classes is not None and settings.dkd_top_k >= classes:
+        if number is not None and settings.dkd_top_k >= number:
             raise ValueError(
-                f"dkd_top_k is {settings.dkd_top_k} for {classes} classes; expected less, so that some are left."
+                f"dkd_top_k is {settings.dkd_top_k} for {number} classes; expected less, so that some are left."
             )
-        if classes is not None and settings.dkd_standardize and classes < 3:
+        if number is not None and settings.dkd_standardize and number < 3:
             raise ValueError("dkd_standardize is set for two classes, whose z-scores tell only which one is larger.")
 
     def _refuse_what_cannot_be_distilled(self) -> None:

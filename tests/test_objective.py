@@ -8,6 +8,7 @@ from accelerate import Accelerator
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_dkd import DKDArgumentsMixin
+from hf_dkd.classes import Rows, aligned_rows
 from hf_dkd.heads import Head
 from hf_dkd.objective import (
     RunningTerms,
@@ -18,7 +19,7 @@ from hf_dkd.objective import (
     step_scale,
     unusable_teacher,
 )
-from hf_dkd.rows import Rows, aligned_rows, rows_at
+from hf_dkd.rows import rows_at
 
 from . import oracle
 
