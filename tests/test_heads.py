@@ -137,5 +137,5 @@ def test_a_decoder_among_sequence_to_sequence_models_shifts() -> None:
 @pytest.mark.parametrize("head", Head)
 def test_heads_are_told_by_name(head: Head) -> None:
     assert Head(str(head)) is head
-    assert head.has_named_classes == (head in ("classification", "token_classification"))
+    assert head.has_named_classes == (head in ("classification", "multi_label", "token_classification"))
     assert head.has_vocabulary == (head in ("lm", "causal_lm"))
