@@ -189,3 +189,12 @@ def expected_logs(
 def in_rows(batch: dict[str, Tensor]) -> list[dict[str, Tensor]]:
     """The examples of a batch, such as those of `models.ARCHITECTURES`."""
     return [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
+
+
+def without_labels(examples: list[dict[str, Any]], names: tuple[str, ...] = ("labels",)) -> list[dict[str, Any]]:
+    return [{key: value for key, value in example.items() if key not in names} for example in examples]
+
+
+def all_logits(model: Any, examples: list[dict[str, Any]]) -> Tensor:
+    """The float64 logits of every row of `examples`, (R, C)."""
+    return model(**default_data_collator(without_labels(examples))).logits.double().flatten(0, -2)
