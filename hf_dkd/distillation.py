@@ -21,7 +21,6 @@ class TeacherRows(NamedTuple):
 
     rows: Tensor
     labels: Tensor
-    positions: Tensor | None
     visible: Tensor | None
     weights: Tensor | None
     by_teacher: Tensor | None
@@ -179,15 +178,18 @@ class DistillationTraining(DistillationSetup):
             self._weight = settings.dkd_weight(
                 self.state.global_step + 1, self.state.max_steps, self._steps_per_epoch()
             )
-            aligned = self._side_by_side(outputs, teacher_rows, f"At step {self.state.global_step + 1}")
-            sums = objective.distillation_sums(aligned, settings).named()
+            moment = f"At step {self.state.global_step + 1}"
+            aligned = self._side_by_side(outputs, teacher_rows)
             if self._teacher_labels:
-                sums["teacher_targets"] = distilled - count
                 in_step = None if total is None else self._distilled_in_step
                 scale = objective.step_scale(*((distilled, 1) if in_step is None else (in_step, processes)))
+            share = objective.distil(aligned, settings, weight=self._weight, scale=scale)
+            self._check_teacher(share, moment, teacher_rows.columns)
+            sums = {name: value for name, value in share.terms.items() if name != "ce"}
+            if self._teacher_labels:
+                sums["teacher_targets"] = distilled - count
             terms |= {name: scale * value for name, value in sums.items()}
-            terms["dkd"] = self._weight * terms["dkd"]
-            loss = loss + terms["dkd"]
+            loss = loss + share.loss
         self._record(terms, loss)
         return self._for_training_step(loss, total), outputs
 
@@ -263,35 +265,32 @@ class DistillationTraining(DistillationSetup):
         else:
             labels = rows.aligned_labels(head, inputs, self.label_names)
         classes.check_one_label(head, labels)
-        positions = rows.labelled_positions(head, labels)
         visible = inputs.get("attention_mask") if head is Head.QUESTION_ANSWERING else None
         logits = self._teacher_logits(inputs) if logits is None else logits
-        taken = rows.rows_at(logits, labels, positions, "teacher", visible)
+        taken = rows.rows_beside(labels, logits, "teacher", visible)
         # Before the student's own loss fails on them with less to say.
         classes.check_labels(labels, taken.shape[1])
         weights = rows.class_weights(head, inputs, self.label_names)
         classes.check_weights(head, weights, taken)
-        return TeacherRows(taken, labels, positions, visible, weights, by_teacher, self._the_teacher.columns_in(inputs))
+        return TeacherRows(taken, labels, visible, weights, by_teacher, self._the_teacher.columns_in(inputs))
 
-    def _side_by_side(self, outputs: Any, teacher: TeacherRows, moment: str) -> classes.Rows:
-        """The student's rows beside the teacher's, over the same classes and checked."""
-        head, (teacher_rows, labels, positions, visible, weights, by_teacher, columns) = self._known_head, teacher
+    def _side_by_side(self, outputs: Any, teacher: TeacherRows) -> classes.Rows:
+        """The student's rows beside the teacher's, over the same classes."""
+        head, (teacher_rows, labels, visible, weights, by_teacher, _) = self._known_head, teacher
         logits = rows.logits_of(outputs, "student", head)
-        student_rows = rows.rows_at(logits, labels, positions, "student", visible)
-        labels = labels.flatten() if positions is None else labels.flatten().index_select(0, positions)
-        aligned = classes.aligned_rows(head, student_rows, teacher_rows, labels, self._class_order, weights)
+        student_rows = rows.rows_beside(labels, logits, "student", visible)
+        aligned = classes.aligned_rows(head, student_rows, teacher_rows, labels.flatten(), self._class_order, weights)
         if by_teacher is not None:
-            by_teacher = by_teacher.flatten() if positions is None else by_teacher.flatten().index_select(0, positions)
-            aligned = classes.labelled_by_teacher(aligned, by_teacher)
+            aligned = classes.labelled_by_teacher(aligned, by_teacher.flatten())
         if head.has_vocabulary and aligned.student.shape[1] < max(student_rows.shape[1], teacher_rows.shape[1]):
             self._say(
                 f"Vocabularies of {student_rows.shape[1]} (student) and {teacher_rows.shape[1]} (teacher) rows: only "
                 f"the {aligned.student.shape[1]} that they share are distilled, the others are taken for padding."
             )
-        self._teacher_check.update(
-            objective.unusable_teacher(aligned), objective.masking_student(aligned), moment, columns
-        )
         return aligned
+
+    def _check_teacher(self, share: objective.Distilled, moment: str, columns: list[str]) -> None:
+        self._teacher_check.update(share.unusable_teacher, share.masking_student, moment, columns)
 
     def _for_training_step(self, loss: Tensor, total: Tensor | int | None) -> Tensor:
         # Before `loss_is_scaled_for_ga`, `training_step` divides by the accumulation steps whatever `compute_loss` did.

@@ -110,9 +110,10 @@ class DistillationEvaluation(DistillationTraining):
             teacher_rows.labels[counted:] = rows.IGNORE_INDEX
             if teacher_rows.by_teacher is not None:
                 teacher_rows.by_teacher[counted:] = False
-        aligned = self._side_by_side(outputs, teacher_rows, moment)
-        sums = objective.distillation_sums(aligned, self.dkd_args)
-        parts = {name: value for name, value in sums.named().items() if name != "dkd"}
+        aligned = self._side_by_side(outputs, teacher_rows)
+        share = objective.distil(aligned, self.dkd_args)
+        self._check_teacher(share, moment, teacher_rows.columns)
+        parts = {name: value for name, value in share.terms.items() if name not in ("ce", "dkd")}
         distilled = aligned.labels != rows.IGNORE_INDEX
         labelled = distilled if aligned.by_teacher is None else distilled & ~aligned.by_teacher
         hits = (aligned.teacher.argmax(1) == aligned.labels) & labelled

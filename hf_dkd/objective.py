@@ -9,77 +9,86 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from .classes import Rows
-from .losses.arithmetic import student_masks_mass
-from .losses.decoupled import row_divergences, row_kl, unusable_teacher_rows, weighted_sum
-from .losses.grouped import mixed_groups, row_grouped_kl, top_k_groups, weighted_groups
+from .losses.chunked import weighted_rows
+from .losses.row_pass import STUDENT_MASKS, TEACHER_UNUSABLE, Partition, RowTerms, Weights
 from .losses.standardized import standardized
 from .rows import IGNORE_INDEX
 from .training_args import DKDArgumentsMixin
 
 
-class DistillationSums(NamedTuple):
-    """Sums over the labelled rows, scalars; `dkd` alone carries a gradient. Rows of one example count by their mean."""
+class Distilled(NamedTuple):
+    """What the rows of a micro-batch come to, all but `loss` without gradient."""
 
-    dkd: Tensor
-    """The weighted divergences times T², without the warm-up weight."""
-    tckd: Tensor
-    """TCKD; of mixed examples the divergence between the two classes and the rest, with `dkd_top_k` that between the
-    teacher's first class, its next ones, and the rest."""
-    nckd: Tensor
-    """NCKD: the divergence among the rest."""
-    teacher_agreement: Tensor
-    """Rows where the argmaxes of student and teacher are the same class."""
-    top_k: Tensor | None = None
-    """With `dkd_top_k`, the divergence among the teacher's second to k-th class."""
-
-    def named(self) -> dict[str, Tensor]:
-        """By name, without what the settings do not have."""
-        return {name: value for name, value in self._asdict().items() if value is not None}
-
-
-def distillation_sums(rows: Rows, settings: DKDArgumentsMixin) -> DistillationSums:
-    """The distillation term of `rows` and its parts, at the temperature and weights of `settings`."""
-    student, teacher, labels, mixed = rows[:4]
-    labelled, labels = labels != IGNORE_INDEX, labels.clamp(min=0)
-    temperature, top_k = settings.dkd_temperature, None
-    if settings.dkd_standardize:
-        student, teacher = standardized(student), standardized(teacher)
-    divided = student.detach() if settings.distillation == "kd" else student
-    groups = None if mixed is None else mixed_groups(mixed)
-    if settings.dkd_top_k:
-        groups = top_k_groups(teacher, settings.dkd_top_k)
-    if groups is not None:
-        parts = row_grouped_kl(divided, teacher, groups, 3, temperature=temperature)
-        terms = weighted_groups(parts, settings.dkd_alpha, (0.0, settings.dkd_top_k_beta, settings.dkd_beta))
-        tckd, (_, second, nckd) = parts.between, parts.within.unbind(1)
-        top_k = second if settings.dkd_top_k else None
-    else:
-        tckd, nckd = row_divergences(divided, teacher, labels, temperature=temperature)
-        terms = weighted_sum(tckd, nckd, settings.dkd_alpha, settings.dkd_beta)
-    if settings.distillation == "kd":
-        terms = settings.dkd_alpha * row_kl(student, teacher, temperature=temperature)
-
-    def total(values: Tensor) -> Tensor:
-        return torch.where(labelled, values, 0.0).sum() / rows.per_example
-
-    return DistillationSums(
-        dkd=temperature**2 * total(terms),
-        tckd=total(tckd.detach()),
-        nckd=total(nckd.detach()),
-        teacher_agreement=total((rows.student.argmax(1) == rows.teacher.argmax(1)).float()),
-        top_k=None if top_k is None else total(top_k.detach()),
-    )
-
-
-def unusable_teacher(rows: Rows) -> Tensor:
+    loss: Tensor
+    """scale·(ce_weight·CE + weight·DKD), summed over the rows."""
+    terms: dict[str, Tensor]
+    """Sums over the rows, scalars: `dkd`, with its weight and T²; `tckd` and `nckd`, or what takes their place where
+    the classes are divided otherwise; `teacher_agreement`; with `dkd_top_k` also `top_k`; `ce`, 0 without a weight.
+    Rows of one example count by their mean."""
+    unusable_teacher: Tensor
     """(R,) booleans: the teacher's row cannot be distilled, whatever the student learned."""
-    labelled, labels = rows.labels != IGNORE_INDEX, rows.labels.clamp(min=0)
-    return unusable_teacher_rows(rows.teacher, labels) & labelled
-
-
-def masking_student(rows: Rows) -> Tensor:
+    masking_student: Tensor
     """(R,) booleans: the student masks (-inf) a class to which the teacher gives mass."""
-    return student_masks_mass(rows.student, rows.teacher) & (rows.labels != IGNORE_INDEX)
+
+
+def distil(
+    rows: Rows,
+    settings: DKDArgumentsMixin,
+    *,
+    weight: float = 1.0,
+    ce_weight: float = 0.0,
+    scale: Tensor | float = 1.0,
+) -> Distilled:
+    """The objective of `rows` by the `settings`: their weights times `weight`. Nothing is read from an accelerator."""
+    student, teacher = rows.student, rows.teacher
+    if settings.dkd_standardize:
+        # Rows without a label may hold anything, of which no gradient must come.
+        student, teacher = (
+            standardized(logits.masked_fill((rows.labels == IGNORE_INDEX).unsqueeze(1), 0.0))
+            for logits in (student, teacher)
+        )
+    scale = scale / rows.per_example
+    loss, found = weighted_rows(
+        student,
+        teacher,
+        rows.labels,
+        row_weights(settings, weight, ce_weight),
+        partition_of(rows, settings, weight),
+        scale=scale,
+    )
+    if settings.dkd_standardize:
+        # Z-scores may tell no class from another where the models themselves do.
+        agrees = rows.student.argmax(1) == rows.teacher.argmax(1)
+        found = found._replace(agrees=agrees & (rows.labels != IGNORE_INDEX))
+    return distilled(loss, found, settings, rows.per_example)
+
+
+def row_weights(settings: DKDArgumentsMixin, weight: float, ce_weight: float = 0.0) -> Weights:
+    """The weights of the loss of a row."""
+    alpha, beta = weight * settings.dkd_alpha, weight * settings.dkd_beta
+    return Weights(alpha, beta, settings.dkd_temperature, ce_weight, settings.distillation == "kd")
+
+
+def partition_of(rows: Rows, settings: DKDArgumentsMixin, weight: float) -> Partition | None:
+    """How the classes are divided, if not into target and rest."""
+    if not settings.dkd_top_k and rows.mixed is None:
+        return None
+    second = weight * settings.dkd_top_k_beta if settings.dkd_top_k else 0.0
+    return Partition(settings.dkd_top_k, rows.mixed, second)
+
+
+def distilled(loss: Tensor, found: RowTerms, settings: DKDArgumentsMixin, per_example: int = 1) -> Distilled:
+    """A loss beside the sums of its terms."""
+    sums = {
+        "dkd": found.dkd,
+        "tckd": found.tckd,
+        "nckd": found.nckd,
+        "teacher_agreement": found.agrees,
+        **({"top_k": found.second} if settings.dkd_top_k else {}),
+        "ce": found.ce,
+    }
+    terms = {name: values.sum() / per_example for name, values in sums.items()}
+    return Distilled(loss, terms, found.fault == TEACHER_UNUSABLE, found.fault == STUDENT_MASKS)
 
 
 def step_scale(total: Tensor | int, processes: int) -> Tensor | float:

@@ -145,24 +145,10 @@ def logits_of(outputs: Any, whose: str, head: Head | None = None) -> Tensor:
     )
 
 
-def labelled_positions(head: Head, labels: Tensor) -> Tensor | None:
-    """The indices of the labelled rows among all rows of a batch, (R,); None for heads with one or two rows an example.
+def rows_beside(labels: Tensor, logits: Tensor, whose: str, visible: Tensor | None = None) -> Tensor:
+    """The logits (..., C) that stand beside `labels` (...) as rows: (R, C).
 
-    Finding them reads the device once, which pays for tokens, most of which may have no label. The other heads take all
-    rows, and mask those without a label: nothing is read.
-    """
-    if head in (Head.CLASSIFICATION, Head.MULTI_LABEL, Head.MULTIPLE_CHOICE, Head.QUESTION_ANSWERING):
-        return None
-    return (labels.flatten() != IGNORE_INDEX).nonzero().squeeze(1)
-
-
-def rows_at(
-    logits: Tensor, labels: Tensor, positions: Tensor | None, whose: str, visible: Tensor | None = None
-) -> Tensor:
-    """The rows of `logits` (..., C) at `positions` among `labels` (...): (R, C).
-
-    Without positions: all rows, those labelled -100 as zeros. `visible` (B, L), the attention mask of a question
-    answering head, masks the padding out of its classes.
+    `visible` (B, L), the attention mask of a question answering head, masks the padding out of its classes.
 
     Raises:
         ValueError: where logits and labels do not stand side by side.
@@ -175,9 +161,7 @@ def rows_at(
         )
     if visible is not None:
         logits = logits.masked_fill(visible == 0, -torch.inf)
-    if positions is None:
-        return logits.masked_fill((labels == IGNORE_INDEX).unsqueeze(-1), 0.0).flatten(0, -2)
-    return logits.flatten(0, -2).index_select(0, positions)
+    return logits.flatten(0, -2)
 
 
 def _aligned_positions(batch: Mapping[str, Any]) -> Tensor:

@@ -13,13 +13,11 @@ from hf_dkd.heads import Head
 from hf_dkd.objective import (
     RunningTerms,
     cross_entropy_sum,
-    distillation_sums,
-    masking_student,
+    distil,
     share_of_step,
     step_scale,
-    unusable_teacher,
 )
-from hf_dkd.rows import rows_at
+from hf_dkd.rows import rows_beside
 
 from . import oracle
 
@@ -47,18 +45,19 @@ def some_rows() -> Rows:
 def test_sums_are_the_oracles_over_the_labelled_rows(settings: dict) -> None:
     student, teacher, labels = some_rows()[:3]
     student.requires_grad_()
-    sums = distillation_sums(Rows(student, teacher, labels), DKDArgumentsMixin(**settings))
+    share = distil(Rows(student, teacher, labels), DKDArgumentsMixin(**settings))
     kept, temperature = labels != IGNORED, settings.get("dkd_temperature", 1.0)
     alpha, beta = settings.get("dkd_alpha", 1.0), settings.get("dkd_beta", 1.0)
     tckd, nckd, kl, _ = oracle.divergences(student[kept].double(), teacher[kept].double(), labels[kept], temperature)
     rows = alpha * kl if "distillation" in settings else alpha * tckd + beta * nckd
     agree = (student[kept].argmax(1) == teacher[kept].argmax(1)).sum()
     expected = [temperature**2 * rows.sum(), tckd.sum(), nckd.sum(), agree]
-    assert list(sums.named()) == ["dkd", "tckd", "nckd", "teacher_agreement"]
-    found = sums.named().values()
-    assert [value.item() for value in found] == pytest.approx([value.item() for value in expected], rel=1e-5)
-    assert [value.requires_grad for value in found] == [True, False, False, False]
-    (gradient,) = torch.autograd.grad(sums.dkd, student)
+    assert list(share.terms) == ["dkd", "tckd", "nckd", "teacher_agreement", "ce"]
+    found = [value.item() for value in share.terms.values()]
+    assert found == pytest.approx([*(value.item() for value in expected), 0], rel=1e-5)
+    assert share.loss.item() == share.terms["dkd"].item()
+    assert not any(value.requires_grad for value in share.terms.values())
+    (gradient,) = torch.autograd.grad(share.loss, student)
     assert gradient[~kept].eq(0).all()
     assert gradient[kept].abs().amax(1).gt(0).all()
 
@@ -67,7 +66,7 @@ def test_top_k_sums_are_the_oracles_over_the_teachers_ranking() -> None:
     student, teacher, labels = some_rows()[:3]
     kept = labels != IGNORED
     settings = {"dkd_alpha": 0.5, "dkd_beta": 4.0, "dkd_top_k": 3, "dkd_top_k_beta": 2.0, "dkd_temperature": 2.0}
-    sums = distillation_sums(Rows(student, teacher, labels), DKDArgumentsMixin(**settings)).named()
+    sums = distil(Rows(student, teacher, labels), DKDArgumentsMixin(**settings)).terms
     ranks = teacher[kept].argsort(1, descending=True).argsort(1)
     groups = torch.where(ranks == 0, 0, torch.where(ranks < 3, 1, 2))
     between, within, _ = oracle.grouped(student[kept].double(), teacher[kept].double(), groups, 3, 2.0)
@@ -82,17 +81,17 @@ def test_top_k_sums_are_the_oracles_over_the_teachers_ranking() -> None:
 def test_standardised_sums_are_those_of_the_z_scores(settings: dict) -> None:
     student, teacher, labels = some_rows()[:3]
     z_scores = ((one - one.mean(1, keepdim=True)) / one.std(1, keepdim=True) for one in (student, teacher))
-    expected = distillation_sums(Rows(*z_scores, labels), DKDArgumentsMixin(**settings)).named()
-    found = distillation_sums(Rows(student, teacher, labels), DKDArgumentsMixin(**settings, dkd_standardize=True))
-    assert {name: value.item() for name, value in found.named().items()} == pytest.approx(
+    expected = distil(Rows(*z_scores, labels), DKDArgumentsMixin(**settings)).terms
+    found = distil(Rows(student, teacher, labels), DKDArgumentsMixin(**settings, dkd_standardize=True))
+    assert {name: value.item() for name, value in found.terms.items()} == pytest.approx(
         {name: value.item() for name, value in expected.items()}, rel=1e-5
     )
 
 
 def test_the_rows_of_an_example_count_by_their_mean() -> None:
     student, teacher, labels = some_rows()[:3]
-    whole = distillation_sums(Rows(student, teacher, labels), DKDArgumentsMixin()).named()
-    halves = distillation_sums(Rows(student, teacher, labels, per_example=2), DKDArgumentsMixin()).named()
+    whole = distil(Rows(student, teacher, labels), DKDArgumentsMixin()).terms
+    halves = distil(Rows(student, teacher, labels, per_example=2), DKDArgumentsMixin()).terms
     for name, value in whole.items():
         assert halves[name].item() == pytest.approx(value.item() / 2)
 
@@ -100,7 +99,7 @@ def test_the_rows_of_an_example_count_by_their_mean() -> None:
 def test_agreement_is_that_of_the_models_where_z_scores_tell_none() -> None:
     masked = [-math.inf, -math.inf]
     rows = Rows(torch.tensor([[1.0, 2.0, *masked]]), torch.tensor([[2.0, 1.0, *masked]]), torch.tensor([0]))
-    assert distillation_sums(rows, DKDArgumentsMixin(dkd_standardize=True)).teacher_agreement == 0
+    assert distil(rows, DKDArgumentsMixin(dkd_standardize=True)).terms["teacher_agreement"] == 0
 
 
 def test_a_fault_in_a_row_without_a_label_is_none() -> None:
@@ -108,8 +107,9 @@ def test_a_fault_in_a_row_without_a_label_is_none() -> None:
     teacher[7], student[6, 0] = math.nan, -math.inf
     teacher[1, 2] = math.inf
     rows = Rows(student, teacher, labels)
-    assert unusable_teacher(rows).nonzero().flatten().tolist() == [1]
-    assert masking_student(rows).nonzero().flatten().tolist() == [6]
+    share = distil(rows, DKDArgumentsMixin())
+    assert share.unusable_teacher.nonzero().flatten().tolist() == [1]
+    assert share.masking_student.nonzero().flatten().tolist() == [6]
 
 
 def test_a_mean_over_no_rows_is_a_share_of_exactly_zero() -> None:
@@ -186,7 +186,7 @@ def test_running_terms_are_read_only_when_drained() -> None:
         (Head.CLASSIFICATION, (8,), 8, False),
         (Head.CLASSIFICATION, (8,), 8, True),
         (Head.QUESTION_ANSWERING, (2, 8), 16, False),
-        (Head.TOKEN_CLASSIFICATION, (8, 12), 30, False),
+        (Head.TOKEN_CLASSIFICATION, (8, 12), 96, False),
     ],
 )
 def test_from_logits_to_running_terms_nothing_is_read(
@@ -198,24 +198,20 @@ def test_from_logits_to_running_terms_nothing_is_read(
         labels, visible, order = torch.zeros(shape, dtype=torch.long), torch.ones(8, 12), torch.arange(12)
         loss, total = torch.ones(()), torch.ones((), dtype=torch.long)
         weights = torch.ones(rows, 12) if mixed else None
-        # Of token heads, `labelled_positions` is the one read.
-        positions = torch.arange(rows) if head is Head.TOKEN_CLASSIFICATION else None
     visible = visible if head is Head.QUESTION_ANSWERING else None
-    kept = labels.flatten() if positions is None else labels.flatten()[positions]
     both = [
-        rows_at(logits, labels, positions, whose, visible)
-        for logits, whose in ((student, "student"), (teacher, "teacher"))
+        rows_beside(labels, logits, whose, visible) for logits, whose in ((student, "student"), (teacher, "teacher"))
     ]
-    aligned = aligned_rows(head, *both, kept, order, weights)
-    sums = distillation_sums(aligned, DKDArgumentsMixin(**settings))
+    aligned = aligned_rows(head, *both, labels.flatten(), order, weights)
     scale = step_scale(total, 2)
-    loss = share_of_step(loss, (kept != IGNORED).sum(), scale) + scale * sums.dkd
+    share = distil(aligned, DKDArgumentsMixin(**settings), scale=scale)
+    loss = share_of_step(loss, (labels != IGNORED).sum(), scale) + share.loss
     loss.backward()
     terms = RunningTerms()
     for step in range(2):
-        terms.add(sums.named(), loss.detach().isfinite(), steps=step)
-    faults = unusable_teacher(aligned), masking_student(aligned)
-    found = (*aligned[:3], *sums.named().values(), *faults, loss, student.grad)
+        terms.add(share.terms, loss.detach().isfinite(), steps=step)
+    faults = share.unusable_teacher, share.masking_student
+    found = (*aligned[:3], *share.terms.values(), *faults, loss, student.grad)
     assert {tensor.device.type for tensor in found} == {"meta"}
     assert [tensor.shape for tensor in (*aligned[:3], *faults)] == [(rows, 12), (rows, 12), (rows,), (rows,), (rows,)]
     with pytest.raises(RuntimeError, match="meta"):

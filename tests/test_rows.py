@@ -14,9 +14,8 @@ from hf_dkd.rows import (
     count_labelled,
     has_labels,
     label_columns,
-    labelled_positions,
     logits_of,
-    rows_at,
+    rows_beside,
     with_some_label,
     without_labels_from,
 )
@@ -28,9 +27,7 @@ IGNORED = -100
 
 def rows_of(head: Head, outputs: Any, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     labels = aligned_labels(head, batch)
-    positions = labelled_positions(head, labels)
-    rows, labels = rows_at(logits_of(outputs, "student", head), labels, positions, "student"), labels.flatten()
-    return rows, labels if positions is None else labels[positions]
+    return rows_beside(labels, logits_of(outputs, "student", head), "student"), labels.flatten()
 
 
 def assert_rows_give_the_models_own_loss(head: Head, model: Any, batch: dict[str, Tensor]) -> None:
@@ -100,7 +97,7 @@ def test_padding_is_no_answer_to_student_or_teacher() -> None:
     for model, whose in ((student, "student"), (teacher, "teacher")):
         logits = logits_of(model(**batch), whose)
         assert logits.shape == (2, 8, LENGTH)
-        rows = rows_at(logits, labels, None, whose, batch["attention_mask"])
+        rows = rows_beside(labels, logits, whose, batch["attention_mask"])
         assert (rows[padding] == -torch.inf).all()
         torch.testing.assert_close(rows[~padding], logits.flatten(0, 1)[~padding], rtol=0, atol=0)
         assert (rows.softmax(1)[padding] == 0).all()
@@ -213,30 +210,13 @@ def test_outputs_without_logits_name_what_there_is_and_the_remedy(outputs: Any, 
 def test_logits_that_do_not_stand_beside_their_labels_name_both_shapes(shape: tuple[int, ...]) -> None:
     message = rf"teacher's logits have shape {re.escape(str(shape))} for labels of shape \(8, 12\)"
     with pytest.raises(ValueError, match=message):
-        rows_at(torch.zeros(shape), torch.zeros(8, 12, dtype=torch.long), None, "teacher")
+        rows_beside(torch.zeros(8, 12, dtype=torch.long), torch.zeros(shape), "teacher")
 
 
-def test_rows_without_a_label_are_zeros_where_all_are_taken() -> None:
-    logits = torch.tensor([[1.0, 2.0], [torch.nan, torch.inf], [3.0, 4.0]])
-    rows = rows_at(logits, torch.tensor([0, IGNORED, 1]), None, "teacher")
-    assert rows.tolist() == [[1.0, 2.0], [0.0, 0.0], [3.0, 4.0]]
-
-
-@pytest.mark.parametrize("head", list(Head))
-def test_only_heads_of_many_rows_an_example_leave_rows_out(head: Head) -> None:
-    labels = torch.tensor([[3, IGNORED], [IGNORED, 1]])
-    positions = labelled_positions(head, labels)
-    if head in (Head.TOKEN_CLASSIFICATION, Head.LM, Head.CAUSAL_LM):
-        assert positions.tolist() == [0, 3]
-        assert torch.equal(rows_at(torch.eye(4).view(2, 2, 4), labels, positions, "student"), torch.eye(4)[[0, 3]])
-    else:
-        assert positions is None
-
-
-def test_a_batch_without_labels_has_no_rows() -> None:
+def test_a_batch_without_labels_has_no_labelled_rows() -> None:
     model, batch = ARCHITECTURES["bert_tokens"]()
     batch["labels"] = torch.full_like(batch["labels"], IGNORED)
     logits, labels = rows_of(Head.TOKEN_CLASSIFICATION, model(**batch), batch)
-    assert logits.shape == (0, 5)
-    assert len(labels) == 0
+    assert logits.shape == (len(labels), 5)
+    assert (labels == IGNORED).all()
     assert count_labelled(Head.TOKEN_CLASSIFICATION, batch) == 0

@@ -75,9 +75,13 @@ def accelerator(monkeypatch: pytest.MonkeyPatch) -> type[Event]:
     def full(size: tuple[int, ...], value: int, **placement: object) -> torch.Tensor:
         return torch.full(size, value)
 
-    for name in ("unusable_teacher", "masking_student"):
-        on_cpu = getattr(objective, name)
-        monkeypatch.setattr(objective, name, lambda rows, on_cpu=on_cpu: on_cpu(rows).as_subclass(OnAccelerator))
+    def distil(*args: Any, **options: Any) -> objective.Distilled:
+        share = on_cpu(*args, **options)
+        faults = share.unusable_teacher.as_subclass(OnAccelerator), share.masking_student.as_subclass(OnAccelerator)
+        return share._replace(unusable_teacher=faults[0], masking_student=faults[1])
+
+    on_cpu = objective.distil
+    monkeypatch.setattr(objective, "distil", distil)
     monkeypatch.setattr(teacher_check, "torch", SimpleNamespace(full=full, where=torch.where, Event=Event))
     monkeypatch.setattr(Event, "arrived", False)
     return Event

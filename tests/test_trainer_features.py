@@ -205,14 +205,14 @@ def test_the_loss_is_computed_in_fp32_under_bf16(tmp_path, monkeypatch):
     emitted: list[torch.dtype] = []
     teacher.register_forward_hook(lambda module, args, output: emitted.append(output.logits.dtype))
 
-    def recorded(aligned: Any, settings: Any) -> objective.DistillationSums:
+    def recorded(aligned: Any, settings: Any, **options: Any) -> objective.Distilled:
         rows.append(aligned)
-        sums = distillation_sums(aligned, settings)
-        assert sums.dkd.dtype == torch.float32
-        return sums
+        share = distil(aligned, settings, **options)
+        assert share.loss.dtype == torch.float32
+        return share
 
-    distillation_sums = objective.distillation_sums
-    monkeypatch.setattr(objective, "distillation_sums", recorded)
+    distil = objective.distil
+    monkeypatch.setattr(objective, "distil", recorded)
     (log,) = logs_of(trained(tmp_path, student, images(4), teacher, bf16=True, dkd_temperature=4.0))
     assert emitted == [torch.bfloat16]
     logits, of_teacher, labels = (tensor.detach() for tensor in rows[0][:3])

@@ -1,11 +1,14 @@
 """Distillation losses on rows of logits. Imports torch only."""
 
+from .chunked import DKDOutput, chunked_dkd_loss
 from .decoupled import decoupled_kl, dkd_loss, kd_loss
 from .grouped import GroupedKL, grouped_dkd_loss, grouped_kl, mixed_groups, top_k_groups
 from .standardized import standardized
 
 __all__ = [
+    "DKDOutput",
     "GroupedKL",
+    "chunked_dkd_loss",
     "decoupled_kl",
     "dkd_loss",
     "grouped_dkd_loss",

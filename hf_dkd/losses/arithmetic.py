@@ -4,6 +4,7 @@ import math
 
 import torch
 from torch import Tensor
+from torch.nn.functional import logsigmoid
 
 STUDENT_MASKS_MASS = (
     "The student masks (-inf) a class to which the teacher gives mass, so that the divergence is infinite. Mask the "
@@ -36,9 +37,27 @@ def kl(log_p: Tensor, log_q: Tensor) -> Tensor:
     return torch.where(p == 0, 0.0, p * (log_p - log_q)).sum(1)
 
 
+def binary_kl(teacher_odds: Tensor, student_odds: Tensor) -> Tensor:
+    """KL between the two-class distributions of given log-odds, (...) and (...) → (...)."""
+    # logsigmoid, never the log of a softmax: both probabilities keep their digits however confident the model is.
+    log_p, log_q = (
+        torch.stack((logsigmoid(odds), logsigmoid(-odds)), dim=-1).flatten(0, -2)
+        for odds in (teacher_odds, student_odds)
+    )
+    return kl(log_p, log_q).view_as(teacher_odds)
+
+
 def student_masks_mass(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
     """(N,) booleans: the student masks (-inf) a class to which the teacher gives mass, so that KL is infinite."""
     return ((student_logits == -math.inf) & (teacher_logits > -math.inf)).any(1)
+
+
+def unusable_teacher_rows(teacher_logits: Tensor, labels: Tensor) -> Tensor:
+    """(N,) booleans: the teacher's row holds NaN or +inf, or no finite non-target logit."""
+    index = labels.unsqueeze(1)
+    target = teacher_logits.gather(1, index).squeeze(1)
+    best_other = teacher_logits.scatter(1, index, -math.inf).amax(1)
+    return ~best_other.isfinite() | target.isnan() | (target == math.inf)
 
 
 def reduce(rows: Tensor, reduction: str) -> Tensor:
@@ -69,3 +88,21 @@ def check_weight(name: str, weight: float) -> None:
     """Raise a `ValueError` for a weight that is not a finite number of 0 or above."""
     if not (math.isfinite(weight) and weight >= 0):
         raise ValueError(f"{name} is {weight}; expected a finite number, 0 or above.")
+
+
+def checked_labels(labels: Tensor, shape: torch.Size) -> Tensor:
+    """`labels` (N,) as int64; raise a `ValueError` where they are not integers, one for each row of logits."""
+    if labels.shape != shape[:1]:
+        raise ValueError(
+            f"labels have shape {tuple(labels.shape)}; expected ({shape[0]},), one for each row of logits."
+        )
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        raise ValueError(f"labels are {labels.dtype}; expected class indices of an integer type, such as torch.int64.")
+    return labels.long()
+
+
+def check_range(labels: Tensor, num_classes: int) -> None:
+    """Raise a `ValueError` for a label outside [0, num_classes); reads the device."""
+    outside = (labels < 0) | (labels >= num_classes)
+    if outside.any():
+        raise ValueError(f"label {labels[outside][0].item()} is outside [0, {num_classes}), the range of the classes.")

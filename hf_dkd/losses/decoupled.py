@@ -10,13 +10,15 @@ import math
 
 import torch
 from torch import Tensor
-from torch.nn.functional import logsigmoid
 
 from .arithmetic import (
     STUDENT_MASKS_MASS,
     below_peak,
+    binary_kl,
     check_logits,
+    check_range,
     check_weight,
+    checked_labels,
     kl,
     log_probs,
     reduce,
@@ -51,7 +53,7 @@ def decoupled_kl(
             reads the device once; inside `torch.compile` that check is left out.
     """
     check_logits(student_logits, teacher_logits, temperature)
-    labels = _checked_labels(labels, student_logits.shape)
+    labels = checked_labels(labels, student_logits.shape)
     if not torch.compiler.is_compiling():
         _raise_on_bad_values(student_logits, teacher_logits, labels)
     return row_divergences(student_logits, teacher_logits, labels, temperature=temperature)
@@ -82,7 +84,7 @@ def dkd_loss(
     check_weight("alpha", alpha)
     check_weight("beta", beta)
     check_logits(student_logits, teacher_logits, temperature)
-    labels = _checked_labels(labels, student_logits.shape)
+    labels = checked_labels(labels, student_logits.shape)
     kept = labels != ignore_index
     tckd, nckd = decoupled_kl(student_logits[kept], teacher_logits[kept], labels[kept], temperature=temperature)
     rows = temperature**2 * weighted_sum(tckd, nckd, alpha, beta)
@@ -118,8 +120,7 @@ def row_divergences(
     student, teacher = same_precision(student_logits, teacher_logits)
     student_odds, student_others = _split_at_target(student, labels, temperature)
     teacher_odds, teacher_others = _split_at_target(teacher, labels, temperature)
-    tckd = kl(_binary_log_probs(teacher_odds), _binary_log_probs(student_odds))
-    return tckd, kl(teacher_others, student_others)
+    return binary_kl(teacher_odds, student_odds), kl(teacher_others, student_others)
 
 
 def row_kl(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float) -> Tensor:
@@ -129,18 +130,15 @@ def row_kl(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float
     return kl(log_probs(teacher), log_probs(student))
 
 
+def target_odds(logits: Tensor, labels: Tensor, temperature: float) -> Tensor:
+    """Log-odds of the target of each row against all other classes at temperature T, (N, C), (N,) → (N,)."""
+    return _split_at_target(logits, labels, temperature)[0]
+
+
 def weighted_sum(tckd: Tensor, nckd: Tensor, alpha: float, beta: float) -> Tensor:
     """α·TCKD + β·NCKD, where a weight of 0 removes its term even if that is infinite; always part of the graph."""
     terms = [weight * term for weight, term in ((alpha, tckd), (beta, nckd)) if weight != 0]
     return sum(terms[1:], terms[0]) if terms else tckd.masked_fill(torch.ones_like(tckd, dtype=torch.bool), 0.0)
-
-
-def unusable_teacher_rows(teacher_logits: Tensor, labels: Tensor) -> Tensor:
-    """(N,) booleans: the teacher's row holds NaN or +inf, or no finite non-target logit."""
-    index = labels.unsqueeze(1)
-    target = teacher_logits.gather(1, index).squeeze(1)
-    best_other = teacher_logits.scatter(1, index, -math.inf).amax(1)
-    return ~best_other.isfinite() | target.isnan() | (target == math.inf)
 
 
 def _split_at_target(logits: Tensor, labels: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
@@ -152,26 +150,8 @@ def _split_at_target(logits: Tensor, labels: Tensor, temperature: float) -> tupl
     return (target_logits.squeeze(1) - others.logsumexp(1)), log_probs(others)
 
 
-def _binary_log_probs(odds: Tensor) -> Tensor:
-    # logsigmoid, never the log of a softmax: both probabilities keep their digits however confident the model is.
-    return torch.stack((logsigmoid(odds), logsigmoid(-odds)), dim=1)
-
-
-def _checked_labels(labels: Tensor, shape: torch.Size) -> Tensor:
-    if labels.shape != shape[:1]:
-        raise ValueError(
-            f"labels have shape {tuple(labels.shape)}; expected ({shape[0]},), one for each row of logits."
-        )
-    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
-        raise ValueError(f"labels are {labels.dtype}; expected class indices of an integer type, such as torch.int64.")
-    return labels.long()
-
-
 def _raise_on_bad_values(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor) -> None:
-    num_classes = student_logits.shape[1]
-    outside = (labels < 0) | (labels >= num_classes)
-    if outside.any():
-        raise ValueError(f"label {labels[outside][0].item()} is outside [0, {num_classes}), the range of the classes.")
+    check_range(labels, student_logits.shape[1])
     if student_masks_mass(student_logits, teacher_logits).any():
         raise ValueError(STUDENT_MASKS_MASS)
     masked = teacher_logits.scatter(1, labels.unsqueeze(1), -math.inf).amax(1) == -math.inf

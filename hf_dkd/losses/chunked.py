@@ -1,0 +1,234 @@
+"""The loss of `decoupled` with its gradient made in the forward, a block of rows at a time: the trainer's default.
+
+Zhao et al., *Decoupled Knowledge Distillation*, CVPR 2022 (arXiv 2203.08679). The same numbers up to rounding, in a
+fraction of the time and memory: see `row_pass` and `benchmarks/RESULTS.md`.
+"""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .arithmetic import STUDENT_MASKS_MASS, check_logits, check_range, check_weight, checked_labels
+from .row_pass import STUDENT_MASKS, Partition, RowTerms, Weights, row_pass, terms_dtype
+
+
+class DKDOutput(NamedTuple):
+    """A loss and its parts; only `loss` carries a gradient.
+
+    With `reduction="mean"` all are means over the rows that are not ignored, with `"sum"` sums, with `"none"` (N,).
+    """
+
+    loss: Tensor
+    """ce_weight·CE + T²·(α·TCKD + β·NCKD)."""
+    ce: Tensor
+    """Cross-entropy at the labels, at T = 1; 0 without a `ce_weight`."""
+    tckd: Tensor
+    nckd: Tensor
+    agreement: Tensor
+    """The share of rows (with `"sum"` their number) where both models choose the same class."""
+
+
+def chunked_dkd_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    labels: Tensor,
+    *,
+    alpha: float = 1.0,
+    beta: float = 1.0,
+    temperature: float = 1.0,
+    ce_weight: float = 0.0,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    overwrite_student: bool = False,
+) -> DKDOutput:
+    """`dkd_loss`, and the cross-entropy too, with a gradient that is derived by hand and made in the forward.
+
+    The arguments of `dkd_loss`, and
+
+    Args:
+        ce_weight: weight of the cross-entropy at the labels, ≥ 0.
+        overwrite_student: the gradient may take the memory of `student_logits`, which then hold no logits any more.
+
+    Raises:
+        ValueError: as `dkd_loss`.
+        RuntimeError: in a second backward through the same loss, or one with `create_graph=True`: there is no second
+            derivative. `dkd_loss` has both.
+    """
+    check_logits(student_logits, teacher_logits, temperature)
+    for name, weight in (("alpha", alpha), ("beta", beta), ("ce_weight", ce_weight)):
+        check_weight(name, weight)
+    labels = checked_labels(labels, student_logits.shape)
+    kept = labels != ignore_index
+    if not torch.compiler.is_compiling():
+        check_range(labels[kept], student_logits.shape[1])
+    weights = Weights(alpha, beta, temperature, ce_weight)
+    scale = share_of_rows(kept, reduction, terms_dtype(student_logits, teacher_logits))
+    loss, terms = weighted_rows(
+        student_logits,
+        teacher_logits,
+        labels,
+        weights,
+        scale=scale,
+        summed=reduction != "none",
+        ignore_index=ignore_index,
+        overwrite_student=overwrite_student,
+    )
+    if not torch.compiler.is_compiling():
+        raise_on_fault(terms.fault)
+    return reduced_output(loss, terms, scale, reduction)
+
+
+def weighted_rows(
+    student: Tensor,
+    teacher: Tensor,
+    labels: Tensor,
+    weights: Weights,
+    partition: Partition | None = None,
+    *,
+    scale: Tensor | float = 1.0,
+    summed: bool = True,
+    ignore_index: int = -100,
+    overwrite_student: bool = False,
+) -> tuple[Tensor, RowTerms]:
+    """`chunked_dkd_loss` without its checks: scale·(sum of the rows' losses), or each row's, and the terms of each row.
+
+    `scale` is a number or a scalar on the device, from which nothing is read.
+    """
+    arguments = (student, teacher.detach(), labels, weights, partition, scale, summed, ignore_index, overwrite_student)
+    loss, *terms = _RowLoss.apply(*arguments)
+    return loss, RowTerms(*terms)
+
+
+class _RowLoss(torch.autograd.Function):
+    """The rows' losses; the forward makes their gradient, the backward gives it away."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        student: Tensor,
+        teacher: Tensor,
+        labels: Tensor,
+        weights: Weights,
+        partition: Partition | None,
+        scale: Tensor | float,
+        summed: bool,
+        ignore_index: int,
+        overwrite: bool,
+    ) -> tuple[Tensor, ...]:
+        wanted, gradient = ctx.needs_input_grad[0], None
+        if torch.compiler.is_compiling() and partition is None:
+            factor = torch.as_tensor(scale, dtype=torch.float32, device=student.device)
+            *found, gradient = _row_pass_op(student, teacher, labels, list(weights), factor, ignore_index, wanted)
+            terms = RowTerms(*found)
+        else:
+            if wanted:
+                gradient = student.detach() if overwrite else empty_like(student)
+            options: dict[str, Any] = {"ignore_index": ignore_index, "scale": scale, "gradient": gradient}
+            terms = row_pass(student.detach(), teacher, labels, weights, partition, **options)
+        rows = weights.ce_weight * terms.ce + terms.dkd if weights.ce_weight else terms.dkd
+        ctx.gradient = gradient
+        ctx.mark_non_differentiable(*terms)
+        return (scale * rows.sum() if summed else scale * rows), *terms
+
+    @staticmethod
+    def backward(ctx: Any, of_loss: Tensor, *of_terms: Tensor) -> tuple[Tensor | None, ...]:
+        return scaled_once(ctx, of_loss), *[None] * 8
+
+
+def scaled_once(ctx: Any, factor: Tensor) -> Tensor:
+    """The gradient that was made in the forward times `factor`, a scalar or one for each row; `ctx` forgets it."""
+    if torch.compiler.is_compiling():
+        return ctx.gradient * (factor if factor.ndim == 0 else factor.unsqueeze(1))
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "This DKD loss has no second derivative, which create_graph=True asks for: its gradient is not a graph. "
+            "Use hf_dkd.dkd_loss, which autograd differentiates."
+        )
+    gradient, ctx.gradient = ctx.gradient, None
+    if gradient is None:
+        raise RuntimeError(
+            "A second backward through one DKD loss: its gradient was given away by the first. Compute the loss again, "
+            "or use hf_dkd.dkd_loss with retain_graph=True."
+        )
+    if factor.ndim:
+        return gradient.mul_(factor.unsqueeze(1))
+    return gradient if factor.device.type == "cpu" and factor == 1 else gradient.mul_(factor)
+
+
+def empty_like(logits: Tensor) -> Tensor:
+    """Uninitialised memory for the gradient of `logits`."""
+    if logits.device.type != "cpu" or not logits.numel():
+        return torch.empty_like(logits, memory_format=torch.contiguous_format)
+    # NumPy asks the kernel for huge pages, without which the first touch of so much memory takes as long as the rest.
+    return torch.from_numpy(np.empty(logits.numel() * logits.itemsize, np.uint8)).view(logits.dtype).view(logits.shape)
+
+
+def share_of_rows(kept: Tensor, reduction: str, dtype: torch.dtype) -> Tensor | float:
+    """What a sum over the rows that are `kept` (N,) is multiplied by in a `"mean"`, a `"sum"` or `"none"`."""
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f'reduction is {reduction!r}; expected "mean", "sum" or "none".')
+    return kept.sum().clamp(min=1).to(dtype).reciprocal() if reduction == "mean" else 1.0
+
+
+def reduced_output(loss: Tensor, terms: RowTerms, scale: Tensor | float, reduction: str) -> DKDOutput:
+    """The terms of rows beside a loss that is already reduced."""
+    parts = terms.ce, terms.tckd, terms.nckd, terms.agrees.to(terms.ce.dtype)
+    return DKDOutput(loss, *(parts if reduction == "none" else (scale * part.sum() for part in parts)))
+
+
+def raise_on_fault(fault: Tensor) -> None:
+    """Raise a `ValueError` for the first row that `row_pass` found at fault; reads the device."""
+    if not fault.any():
+        return
+    row = int(fault.nonzero()[0])
+    if fault[row] == STUDENT_MASKS:
+        raise ValueError(f"Row {row}: {STUDENT_MASKS_MASS}")
+    raise ValueError(
+        f"The teacher's row {row} cannot be distilled: NaN, +inf, or no finite non-target logit. Leave the row out "
+        "with ignore_index, or check the teacher."
+    )
+
+
+@torch.library.custom_op("hf_dkd::row_pass", mutates_args=())
+def _row_pass_op(
+    student: Tensor,
+    teacher: Tensor,
+    labels: Tensor,
+    weights: list[float],
+    scale: Tensor,
+    ignore_index: int,
+    wanted: bool,
+) -> list[Tensor]:
+    """`row_pass` as one opaque operator for `torch.compile`: the terms, and the gradient, empty where not wanted."""
+    alpha, beta, temperature, ce_weight, classical = weights
+    gradient = empty_like(student if wanted else student[:0])
+    terms = row_pass(
+        student,
+        teacher,
+        labels,
+        Weights(alpha, beta, temperature, ce_weight, bool(classical)),
+        scale=scale,
+        ignore_index=ignore_index,
+        gradient=gradient if wanted else None,
+    )
+    return [*terms, gradient]
+
+
+@_row_pass_op.register_fake
+def _(
+    student: Tensor,
+    teacher: Tensor,
+    labels: Tensor,
+    weights: list[float],
+    scale: Tensor,
+    ignore_index: int,
+    wanted: bool,
+) -> list[Tensor]:
+    dtype = terms_dtype(student, teacher)
+    kinds = [dtype] * 5 + [torch.bool, torch.uint8]
+    gradient = student if wanted else student[:0]
+    return [torch.empty_like(labels, dtype=kind) for kind in kinds] + [
+        torch.empty_like(gradient, memory_format=torch.contiguous_format)
+    ]
