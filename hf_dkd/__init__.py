@@ -1,7 +1,7 @@
 """Decoupled Knowledge Distillation (Zhao et al., CVPR 2022) for Hugging Face Transformers."""
 
 from .data import DataCollatorForMixup, DataCollatorWithTeacherInputs
-from .losses import decoupled_kl, dkd_loss, kd_loss
+from .losses import decoupled_kl, dkd_loss, fused_linear_dkd_loss, kd_loss
 from .teacher import Teacher
 from .trainer import DKDMixin, DKDSeq2SeqTrainer, DKDTrainer
 from .training_args import DKDArgumentsMixin, DKDSeq2SeqTrainingArguments, DKDTrainingArguments
@@ -20,5 +20,6 @@ __all__ = [
     "Teacher",
     "decoupled_kl",
     "dkd_loss",
+    "fused_linear_dkd_loss",
     "kd_loss",
 ]

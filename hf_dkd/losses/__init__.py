@@ -2,6 +2,7 @@
 
 from .chunked import DKDOutput, chunked_dkd_loss
 from .decoupled import decoupled_kl, dkd_loss, kd_loss
+from .fused_linear import fused_linear_dkd_loss
 from .grouped import GroupedKL, grouped_dkd_loss, grouped_kl, mixed_groups, top_k_groups
 from .standardized import standardized
 
@@ -11,6 +12,7 @@ __all__ = [
     "chunked_dkd_loss",
     "decoupled_kl",
     "dkd_loss",
+    "fused_linear_dkd_loss",
     "grouped_dkd_loss",
     "grouped_kl",
     "kd_loss",

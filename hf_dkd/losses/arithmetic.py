@@ -80,6 +80,11 @@ def check_logits(student_logits: Tensor, teacher_logits: Tensor, temperature: fl
         raise ValueError(f"Distillation needs at least two classes; got {shapes}.")
     if not (student_logits.is_floating_point() and teacher_logits.is_floating_point()):
         raise ValueError(f"Expected floating logits; got {student_logits.dtype} and {teacher_logits.dtype}.")
+    check_temperature(temperature)
+
+
+def check_temperature(temperature: float) -> None:
+    """Raise a `ValueError` for a temperature that is not a finite number above 0."""
     if not (math.isfinite(temperature) and temperature > 0):
         raise ValueError(f"temperature is {temperature}; expected a finite number above 0.")
 

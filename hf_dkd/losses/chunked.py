@@ -134,13 +134,17 @@ class _RowLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, of_loss: Tensor, *of_terms: Tensor) -> tuple[Tensor | None, ...]:
-        return scaled_once(ctx, of_loss), *[None] * 8
+        factor = of_loss.unsqueeze(1) if of_loss.ndim else of_loss
+        if torch.compiler.is_compiling():
+            return ctx.gradient * factor, *[None] * 8
+        gradient = given_away(ctx)
+        if of_loss.device.type != "cpu" or of_loss.ndim or of_loss != 1:
+            gradient.mul_(factor)
+        return gradient, *[None] * 8
 
 
-def scaled_once(ctx: Any, factor: Tensor) -> Tensor:
-    """The gradient that was made in the forward times `factor`, a scalar or one for each row; `ctx` forgets it."""
-    if torch.compiler.is_compiling():
-        return ctx.gradient * (factor if factor.ndim == 0 else factor.unsqueeze(1))
+def given_away(ctx: Any) -> Any:
+    """What the forward left in `ctx.gradient`, which then is None; refuses a second time."""
     if torch.is_grad_enabled():
         raise RuntimeError(
             "This DKD loss has no second derivative, which create_graph=True asks for: its gradient is not a graph. "
@@ -152,9 +156,7 @@ def scaled_once(ctx: Any, factor: Tensor) -> Tensor:
             "A second backward through one DKD loss: its gradient was given away by the first. Compute the loss again, "
             "or use hf_dkd.dkd_loss with retain_graph=True."
         )
-    if factor.ndim:
-        return gradient.mul_(factor.unsqueeze(1))
-    return gradient if factor.device.type == "cpu" and factor == 1 else gradient.mul_(factor)
+    return gradient
 
 
 def empty_like(logits: Tensor) -> Tensor:
