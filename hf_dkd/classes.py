@@ -103,7 +103,7 @@ def aligned_rows(
     """
     teacher = in_order(teacher, order)
     student_classes, teacher_classes = student.shape[1], teacher.shape[1]
-    if head.has_vocabulary and _differ_in_padding(student_classes, teacher_classes):
+    if head.has_vocabulary and differ_in_padding(student_classes, teacher_classes):
         shared = min(student_classes, teacher_classes)
         student, teacher = student[:, :shared], teacher[:, :shared]
     if student.shape[1] != teacher.shape[1]:
@@ -178,7 +178,8 @@ def _rows_of_each_label(student: Tensor, teacher: Tensor, labels: Tensor, weight
     return Rows(student_pairs, teacher_pairs, targets.flatten(), per_example=student.shape[1])
 
 
-def _differ_in_padding(size: int, other: int) -> bool:
+def differ_in_padding(size: int, other: int) -> bool:
+    """Whether vocabularies of these sizes are one vocabulary with different padding rows at its end."""
     difference, larger = abs(size - other), max(size, other)
     return difference < _MOST_PADDING_ROWS and 8 * difference <= larger
 

@@ -5,14 +5,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from accelerate.utils import AutocastKwargs
 from torch import Tensor, nn
 from transformers import Trainer
 from transformers.trainer_utils import has_length
 
 from . import classes, objective, rows, targets
 from .heads import Head
-from .preparation import DistillationSetup
+from .language_model import LanguageModelDistillation
 from .teacher_check import TeacherCheck
 
 
@@ -27,13 +26,22 @@ class TeacherRows(NamedTuple):
     columns: list[str]
 
 
+class Scales(NamedTuple):
+    """The rows of a micro-batch, and what sums over them are multiplied by to be its share of the step's mean."""
+
+    number_labelled: Tensor
+    number_distilled: Tensor
+    labelled: Tensor | float
+    distilled: Tensor | float
+
+
 def _is_loss_of(outputs: Any, loss: Tensor) -> bool:
     """Whether `loss` is the one that the model itself computed."""
     first = outputs.get("loss") if isinstance(outputs, Mapping) else outputs[0] if isinstance(outputs, tuple) else None
     return first is loss
 
 
-class DistillationTraining(DistillationSetup):
+class DistillationTraining(LanguageModelDistillation):
     """Counts the labelled rows of an optimizer step, and computes a micro-batch's share of the objective over them."""
 
     _checked_mixed = False
@@ -93,10 +101,6 @@ class DistillationTraining(DistillationSetup):
     def _teacher_labels(self) -> bool:
         """Whether rows without a label are distilled."""
         return self.teacher is not None and self.dkd_args.dkd_target == "teacher" and self.dkd_args.distils
-
-    @property
-    def _encoder_decoder(self) -> bool:
-        return bool(getattr(self._config, "is_encoder_decoder", False)) and self._known_head is Head.LM
 
     def _distilled(self, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
         mask = "decoder_attention_mask" if self._encoder_decoder else "attention_mask"
@@ -162,46 +166,87 @@ class DistillationTraining(DistillationSetup):
         self, model: nn.Module, inputs: Mapping[str, Any], student_inputs: dict[str, Any], total: Tensor | int | None
     ) -> tuple[Tensor, Any]:
         settings = self.dkd_args
-        count, distilled = self._counts(inputs).unbind()
-        processes = 1 if total is None else self._data_parallel_size
-        scale = objective.step_scale(count if total is None else total, processes)
-        distils = self.teacher is not None and settings.distils
-        # Before the student's forward, so that the teacher's activations are gone when the student's are there.
-        teacher_rows = self._teacher_rows(inputs) if distils else None
-        hard, outputs = self._hard_loss(model, student_inputs, count, scale, total)
-        if self.teacher is None:
-            return self._for_training_step(hard, total), outputs
-
-        loss = settings.ce_weight * hard if settings.ce_weight else torch.zeros_like(hard)
-        terms = {"ce": hard, "dkd": torch.zeros_like(hard)}
-        if teacher_rows is not None:
+        scales = self._scales(inputs, total)
+        if self.teacher is None or not settings.distils:
+            hard, outputs = self._hard_loss(model, student_inputs, scales, total)
+            loss = hard if self.teacher is None else settings.ce_weight * hard
+            terms = {"ce": hard, "dkd": torch.zeros_like(hard)}
+        else:
             self._weight = settings.dkd_weight(
                 self.state.global_step + 1, self.state.max_steps, self._steps_per_epoch()
             )
-            moment = f"At step {self.state.global_step + 1}"
-            aligned = self._side_by_side(outputs, teacher_rows)
-            if self._teacher_labels:
-                in_step = None if total is None else self._distilled_in_step
-                scale = objective.step_scale(*((distilled, 1) if in_step is None else (in_step, processes)))
-            share = objective.distil(aligned, settings, weight=self._weight, scale=scale)
-            self._check_teacher(share, moment, teacher_rows.columns)
-            sums = {name: value for name, value in share.terms.items() if name != "ce"}
-            if self._teacher_labels:
-                sums["teacher_targets"] = distilled - count
-            terms |= {name: scale * value for name, value in sums.items()}
-            loss = loss + share.loss
-        self._record(terms, loss)
+            trial = self._settled_trial(model, inputs, student_inputs)
+            if trial.head is not None:
+                share, outputs = self._fused_share(model, inputs, student_inputs, trial.head, scales.labelled)
+                self._check_teacher(share, self._the_teacher.columns_in(inputs))
+                loss, terms = share.loss, {name: scales.labelled * value for name, value in share.terms.items()}
+            else:
+                loss, terms, outputs = self._loss_of_logits(model, inputs, student_inputs, scales, total)
+        if self.teacher is not None:
+            self._record(terms, loss)
         return self._for_training_step(loss, total), outputs
+
+    def _scales(self, inputs: Mapping[str, Any], total: Tensor | int | None) -> Scales:
+        count, distilled = self._counts(inputs).unbind()
+        processes = 1 if total is None else self._data_parallel_size
+        in_step = None if total is None else self._distilled_in_step
+        of_labels = objective.step_scale(count if total is None else total, processes)
+        of_distilled = objective.step_scale(*((distilled, 1) if in_step is None else (in_step, processes)))
+        return Scales(count, distilled, of_labels, of_distilled if self._teacher_labels else of_labels)
+
+    def _loss_of_logits(
+        self,
+        model: nn.Module,
+        inputs: Mapping[str, Any],
+        student_inputs: dict[str, Any],
+        scales: Scales,
+        total: Tensor | int | None,
+    ) -> tuple[Tensor, dict[str, Tensor], Any]:
+        """The objective from the logits of both models, its terms, and the student's outputs."""
+        settings = self.dkd_args
+        # Before the student's forward, so that the teacher's activations are gone when the student's are there.
+        teacher_rows = self._teacher_rows(inputs)
+        if self._has_plain_loss and not settings.dkd_standardize:
+            hard, outputs = self._hard_loss_apart(model, student_inputs, teacher_rows, scales)
+        else:
+            hard, outputs = self._hard_loss(model, student_inputs, scales, total)
+        aligned = self._side_by_side(outputs, teacher_rows)
+        share = objective.distil(
+            aligned,
+            settings,
+            weight=self._weight,
+            ce_weight=settings.ce_weight if hard is None else None,
+            scale=scales.distilled,
+        )
+        self._check_teacher(share, teacher_rows.columns)
+        loss, terms = share.loss, {name: scales.distilled * value for name, value in share.terms.items()}
+        if hard is not None:
+            terms["ce"] = hard
+            loss = settings.ce_weight * hard + loss if settings.ce_weight else loss
+        if self._teacher_labels:
+            terms["teacher_targets"] = scales.distilled * (scales.number_distilled - scales.number_labelled)
+        return loss, terms, outputs
+
+    def _hard_loss_apart(
+        self, model: nn.Module, student_inputs: dict[str, Any], teacher: TeacherRows, scales: Scales
+    ) -> tuple[Tensor | None, Any]:
+        """Outputs of a student that need not compute its loss, and the loss, or None: the pass over rows finds it."""
+        outputs = model(**self._without_labels(student_inputs))
+        logits = rows.logits_of(outputs, "student")
+        if logits.shape[-1] <= teacher.rows.shape[1]:
+            return None, outputs
+        # That pass sees only the classes that both have.
+        return objective.cross_entropy_sum(logits, teacher.labels) * scales.labelled, outputs
 
     def _hard_loss(
         self,
         model: nn.Module,
         inputs: dict[str, Any],
-        count: Tensor,
-        scale: Tensor | float,
+        scales: Scales,
         total: Tensor | int | None,
     ) -> tuple[Tensor, Any]:
         """The parent's loss as the micro-batch's share of the step, and the student's outputs."""
+        count, scale = scales.number_labelled, scales.labelled
         head, own_function = self._known_head, self.compute_loss_func is not None
         if self._teacher_labels and not rows.has_labels(head, inputs, self.label_names):
             outputs = model(**inputs)
@@ -232,8 +277,7 @@ class DistillationTraining(DistillationSetup):
 
     def _mixes_here(self, inputs: Mapping[str, Any]) -> bool:
         """Whether the hard loss is ours: of mixed examples, unless the script or a parent trainer brings its own."""
-        of_parent = getattr(super().compute_loss, "__func__", None) is not Trainer.compute_loss
-        return not of_parent and self.compute_loss_func is None and self._mixed(inputs) is not None
+        return not self._parent_computes_loss and self.compute_loss_func is None and self._mixed(inputs) is not None
 
     def _mixed_loss(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, Any]:
         """The cross-entropy of mixed examples, summed, and the student's outputs."""
@@ -250,8 +294,7 @@ class DistillationTraining(DistillationSetup):
         self._terms.add(terms, counts, steps=self.state.global_step - self._first_step)
 
     def _teacher_logits(self, inputs: Mapping[str, Any]) -> Tensor:
-        # A teacher in half precision runs in its own: autocast to the other one cannot mix the two.
-        with self.accelerator.autocast(AutocastKwargs(enabled=self._the_teacher.dtype == torch.float32)):
+        with self._teacher_autocast():
             return self._the_teacher.logits(inputs)
 
     def _teacher_rows(self, inputs: Mapping[str, Any], logits: Tensor | None = None) -> TeacherRows:
@@ -282,14 +325,12 @@ class DistillationTraining(DistillationSetup):
         aligned = classes.aligned_rows(head, student_rows, teacher_rows, labels.flatten(), self._class_order, weights)
         if by_teacher is not None:
             aligned = classes.labelled_by_teacher(aligned, by_teacher.flatten())
-        if head.has_vocabulary and aligned.student.shape[1] < max(student_rows.shape[1], teacher_rows.shape[1]):
-            self._say(
-                f"Vocabularies of {student_rows.shape[1]} (student) and {teacher_rows.shape[1]} (teacher) rows: only "
-                f"the {aligned.student.shape[1]} that they share are distilled, the others are taken for padding."
-            )
+        if head.has_vocabulary and student_rows.shape[1] != teacher_rows.shape[1]:
+            self._say_what_is_shared(student_rows.shape[1], teacher_rows.shape[1])
         return aligned
 
-    def _check_teacher(self, share: objective.Distilled, moment: str, columns: list[str]) -> None:
+    def _check_teacher(self, share: objective.Distilled, columns: list[str], moment: str | None = None) -> None:
+        moment = moment or f"At step {self.state.global_step + 1}"
         self._teacher_check.update(share.unusable_teacher, share.masking_student, moment, columns)
 
     def _for_training_step(self, loss: Tensor, total: Tensor | int | None) -> Tensor:
@@ -309,6 +350,7 @@ class DistillationTraining(DistillationSetup):
         self._terms = objective.RunningTerms()
         self._teacher_check = TeacherCheck()
         self._weight = 1.0
+        self._tried = None
         self._checked_mixed = False
         self._distilled_in_step = None
         self._first_step = 0

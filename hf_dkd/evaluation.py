@@ -112,7 +112,7 @@ class DistillationEvaluation(DistillationTraining):
                 teacher_rows.by_teacher[counted:] = False
         aligned = self._side_by_side(outputs, teacher_rows)
         share = objective.distil(aligned, self.dkd_args)
-        self._check_teacher(share, moment, teacher_rows.columns)
+        self._check_teacher(share, teacher_rows.columns, moment)
         parts = {name: value for name, value in share.terms.items() if name not in ("ce", "dkd")}
         distilled = aligned.labels != rows.IGNORE_INDEX
         labelled = distilled if aligned.by_teacher is None else distilled & ~aligned.by_teacher

@@ -36,7 +36,7 @@ def distil(
     settings: DKDArgumentsMixin,
     *,
     weight: float = 1.0,
-    ce_weight: float = 0.0,
+    ce_weight: float | None = None,
     scale: Tensor | float = 1.0,
 ) -> Distilled:
     """The objective of `rows` by the `settings`: their weights times `weight`. Nothing is read from an accelerator."""
@@ -63,7 +63,7 @@ def distil(
     return distilled(loss, found, settings, rows.per_example)
 
 
-def row_weights(settings: DKDArgumentsMixin, weight: float, ce_weight: float = 0.0) -> Weights:
+def row_weights(settings: DKDArgumentsMixin, weight: float, ce_weight: float | None = None) -> Weights:
     """The weights of the loss of a row."""
     alpha, beta = weight * settings.dkd_alpha, weight * settings.dkd_beta
     return Weights(alpha, beta, settings.dkd_temperature, ce_weight, settings.distillation == "kd")

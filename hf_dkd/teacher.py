@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers.utils import find_labels
 
 from .heads import auto_class_name, bare_model, head_of
+from .language_head import LanguageHead, Trial, tried
 from .rows import logits_of
 
 TEACHER_PREFIX = "teacher_"
@@ -206,6 +207,19 @@ class Teacher:
         """
         with self._acting():
             return logits_of(self.model(**self.inputs(batch)), "teacher", head_of(self.model))
+
+    @torch.no_grad()
+    def hidden_states(self, batch: Mapping[str, Any], head: LanguageHead) -> Tensor:
+        """What stands in front of its `head`, (B, L, d), for `batch`; no logits are made."""
+        taken: list[Tensor] = []
+        with self._acting(), head.handing_over(taken.append):
+            self.model(**self.inputs(batch))
+        return taken[0]
+
+    def trial(self, batch: Mapping[str, Any]) -> Trial:
+        """What a trial of the model on `batch`, a few tokens, shows of its head."""
+        with self._acting():
+            return tried(self.model, self.inputs(batch))
 
     @contextmanager
     def _acting(self) -> Iterator[None]:

@@ -94,6 +94,14 @@ class DKDArgumentsMixin:
         default=None,
         metadata={"help": "Keywords of from_pretrained for the teacher, as JSON: dtype, attn_implementation, …"},
     )
+    use_fused_linear: str = field(
+        default="auto",
+        metadata={
+            "help": "Make a language model's loss from hidden states, block by block, so that no logits are stored: "
+            "'auto' where that can be done, 'always' or an error, 'never'.",
+            "choices": ["auto", "always", "never"],
+        },
+    )
     eval_with_teacher: bool = field(
         default=False, metadata={"help": "Run the teacher in evaluation too and report TCKD, NCKD and agreement."}
     )
@@ -141,6 +149,8 @@ class DKDArgumentsMixin:
             raise ValueError(f'distillation is {self.distillation!r}; expected "dkd" or "kd".')
         if self.dkd_target not in ("label", "teacher"):
             raise ValueError(f'dkd_target is {self.dkd_target!r}; expected "label" or "teacher".')
+        if self.use_fused_linear not in ("auto", "always", "never"):
+            raise ValueError(f'use_fused_linear is {self.use_fused_linear!r}; expected "auto", "always" or "never".')
         if self.distillation == "kd" and self.dkd_beta != 1:
             raise ValueError(
                 f'dkd_beta is {self.dkd_beta} with distillation="kd", which has no NCKD term of its own: set '

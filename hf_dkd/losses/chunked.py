@@ -63,7 +63,7 @@ def chunked_dkd_loss(
     kept = labels != ignore_index
     if not torch.compiler.is_compiling():
         check_range(labels[kept], student_logits.shape[1])
-    weights = Weights(alpha, beta, temperature, ce_weight)
+    weights = Weights(alpha, beta, temperature, ce_weight or None)
     scale = share_of_rows(kept, reduction, terms_dtype(student_logits, teacher_logits))
     loss, terms = weighted_rows(
         student_logits,
@@ -120,7 +120,15 @@ class _RowLoss(torch.autograd.Function):
         wanted, gradient = ctx.needs_input_grad[0], None
         if torch.compiler.is_compiling() and partition is None:
             factor = torch.as_tensor(scale, dtype=torch.float32, device=student.device)
-            *found, gradient = _row_pass_op(student, teacher, labels, list(weights), factor, ignore_index, wanted)
+            *found, gradient = _row_pass_op(
+                student,
+                teacher,
+                labels,
+                [*weights[:3], weights.ce_weight or 0.0, weights.classical],
+                factor,
+                ignore_index,
+                wanted,
+            )
             terms = RowTerms(*found)
         else:
             if wanted:
@@ -210,7 +218,7 @@ def _row_pass_op(
         student,
         teacher,
         labels,
-        Weights(alpha, beta, temperature, ce_weight, bool(classical)),
+        Weights(alpha, beta, temperature, ce_weight or None, bool(classical)),
         scale=scale,
         ignore_index=ignore_index,
         gradient=gradient if wanted else None,

@@ -104,7 +104,7 @@ def fused_linear_dkd_loss(
     kept = labels != ignore_index
     check_range(labels[kept], min(len(student_weight), len(teacher_weight)))
     scale = share_of_rows(kept, reduction, torch.promote_types(student_hidden.dtype, torch.float32))
-    weights = Weights(alpha, beta, temperature, ce_weight)
+    weights = Weights(alpha, beta, temperature, ce_weight or None)
     loss, terms = fused_rows(
         student_hidden, student, teacher_hidden, teacher, labels, weights, scale=scale, ignore_index=ignore_index
     )
@@ -205,9 +205,9 @@ def _block(
     capped = logits.clone() if wanted and student.softcap is not None else None
     # Over all classes, also those that only the student has.
     log_p, ce_weight = None, weights.ce_weight
-    if ce_weight and shared < logits.shape[1]:
+    if ce_weight is not None and shared < logits.shape[1]:
         log_p = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(1)
-        weights = weights._replace(ce_weight=0.0)
+        weights = weights._replace(ce_weight=None)
     student_part = logits[:, :shared]
     terms = row_pass(student_part, of_teacher[:, :shared], labels, weights, gradient=student_part if wanted else None)
     if log_p is not None:
@@ -215,7 +215,7 @@ def _block(
     if not wanted:
         return terms
     logits[:, shared:] = 0.0
-    if log_p is not None:
+    if log_p is not None and ce_weight:
         slope = log_p.exp_()
         slope[torch.arange(len(labels), device=labels.device), labels] -= 1
         logits.add_(slope, alpha=ce_weight)
@@ -246,6 +246,8 @@ def _zeros_like(weight: Tensor) -> Tensor:
 
 def _product_dtype(hidden: Tensor) -> torch.dtype:
     kind = hidden.device.type
+    if hidden.dtype in (torch.float16, torch.bfloat16):
+        return hidden.dtype
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
 
 

@@ -32,12 +32,13 @@ class Weights(NamedTuple):
     """What a row's loss is made of: ce_weight·CE + T²·(alpha·TCKD + beta·NCKD).
 
     `classical`: alpha weighs KL over all classes, TCKD + (1 − b)·NCKD, instead of TCKD, and beta is not used.
+    A `ce_weight` of None, unlike 0, spares the computation of CE.
     """
 
     alpha: float
     beta: float
     temperature: float
-    ce_weight: float = 0.0
+    ce_weight: float | None = None
     classical: bool = False
 
 
@@ -62,7 +63,7 @@ class RowTerms(NamedTuple):
     """
 
     ce: Tensor
-    """Cross-entropy of the student at the label, at T = 1; 0 where it has no weight."""
+    """Cross-entropy of the student at the label, at T = 1; 0 where its weight is None."""
     tckd: Tensor
     nckd: Tensor
     second: Tensor
@@ -145,7 +146,12 @@ def _block(
     student: Tensor, teacher: Tensor, labels: Tensor, weights: Weights, scale: Tensor | float | None, memory: Tensor
 ) -> tuple[RowTerms, Tensor | None]:
     """The terms of a block of rows, (R, 1) each, and the gradient (R, C) times `scale`; None without a scale."""
-    alpha, temperature, ce_weight = weights.alpha, weights.temperature, weights.ce_weight
+    alpha, temperature, ce_weight, with_ce = (
+        weights.alpha,
+        weights.temperature,
+        weights.ce_weight or 0.0,
+        weights.ce_weight is not None,
+    )
     s_others, t_others, gaps, hard_others = memory
     (s_rest, t_rest), odds = _divided((student, teacher), labels, temperature, memory[:2])
     torch.sub(teacher, student, out=gaps)
@@ -157,12 +163,12 @@ def _block(
     tckd = b * (log_b - log_p) + b_rest * (log_b_rest - log_p_rest)
     nckd = (gap / t_rest - target_gap) / temperature + (odds[1] - odds[0])
     ce, ce_rest = -log_p, p_rest
-    if ce_weight and temperature != 1:
+    if with_ce and temperature != 1:
         (hard_rest,), (hard_odds,) = _divided((student,), labels, 1.0, memory[3:])
         ce, ce_rest = -logsigmoid(hard_odds), torch.sigmoid(-hard_odds)
     dkd = temperature**2 * _weighted(weights, tckd, nckd, b_rest)
     nothing, agrees = torch.zeros_like(tckd), _argmax(student) == _argmax(teacher)
-    terms = RowTerms(ce if ce_weight else nothing, tckd, nckd, nothing, dkd, agrees, nothing.to(torch.uint8))
+    terms = RowTerms(ce if with_ce else nothing, tckd, nckd, nothing, dkd, agrees, nothing.to(torch.uint8))
     slope = None
     if scale is not None:
         excess = alpha * torch.where(p < p_rest, p - b, b_rest - p_rest)
@@ -228,7 +234,8 @@ def _block_by_autograd(
             if weights.classical:
                 dkd = weights.alpha * row_kl(student, teacher, temperature=temperature)
         dkd = temperature**2 * dkd
-        ce = cross_entropy(student, index, reduction="none") if weights.ce_weight else torch.zeros_like(tckd)
+        with_ce = weights.ce_weight is not None
+        ce = cross_entropy(student, index, reduction="none") if with_ce else torch.zeros_like(tckd)
         slope = None
         if scale is not None:
             rows = weights.ce_weight * ce + dkd if weights.ce_weight else dkd
