@@ -25,12 +25,14 @@ from .textbook import textbook_dkd_loss
 
 SETTINGS = {"alpha": 1.0, "beta": 2.0, "temperature": 2.0}
 LARGE = 512, 151_936
+LARGE_BYTES = LARGE[0] * LARGE[1] * 4
 SMALL = (64, 100), (512, 1_000)
 IN_PLACE = "chunked, in place"
+BASELINES = ["textbook", "cross_entropy"]
 
 
 def cases_at(rows: int, classes: int) -> tuple[dict[str, measure.Case], measure.Case]:
-    """The cases at (N, C), each a function giving (loss, gradient), and what restores the logits that one overwrites."""
+    """The cases at (N, C), functions that give (loss, gradient), and what restores the logits that one overwrites."""
     generator = torch.Generator().manual_seed(0)
     original, teacher = (2 * torch.randn(rows, classes, generator=generator) for _ in range(2))
     labels = torch.randint(classes, (rows,), generator=generator)
@@ -63,17 +65,7 @@ def check_agreement(rows: int, classes: int) -> None:
     expected = cases["decoupled"]()
     for name in ("textbook", "chunked", IN_PLACE):
         restore()
-        torch.testing.assert_close(cases[name](), expected, rtol=1e-4, atol=1e-7, msg=lambda text: f"{name}: {text}")
-
-
-def section(times: dict[str, list[float]], memory: dict[str, float]) -> str:
-    """A row for each case: time, ratios to the two baselines, memory."""
-    rows = []
-    for name, seconds in times.items():
-        to = [report.ranged(measure.spread(measure.ratios(times, name, base))) for base in ("textbook", "cross_entropy")]
-        rows.append([name, report.milliseconds(seconds), *to, *([f"{memory[name]:.2f}"] if memory else [])])
-    header = ["", "ms", "/ textbook", "/ cross_entropy", *(["peak memory, logits tensors"] if memory else [])]
-    return report.table(header, rows)
+        torch.testing.assert_close(cases[name](), expected, rtol=1e-4, atol=1e-7)
 
 
 def main() -> None:
@@ -84,32 +76,32 @@ def main() -> None:
         return
 
     sections, measured, goals = {}, {}, []
-    for rows, classes in (*SMALL, LARGE):
+    for rows, classes in SMALL:
+        check_agreement(rows, classes)
+        cases, _ = cases_at(rows, classes)
+        # Logits as small as these stay in the cache, and so would the copy that restores them.
+        del cases[IN_PLACE]
+        times = measure.interleaved(cases, repeats=arguments.repeats)
         shape = f"{rows} × {classes:,}"
-        check_agreement(rows, min(classes, 1_000))
-        cases, restore = cases_at(rows, classes)
-        memory: dict[str, float] = {}
-        if (rows, classes) == LARGE:
-            one = rows * classes * 4
-            memory = {name: measure.in_fresh_process(__spec__.name, "--memory", name) / one for name in cases}
-            times = measure.interleaved(cases, repeats=arguments.repeats, prepare=restore)
-            goals += [
-                report.Goal(f"textbook / chunked, time, {shape}", measure.ratios(times, "textbook", "chunked"), 10, True),
-                report.Goal(
-                    f"chunked / cross_entropy, time, {shape}", measure.ratios(times, "chunked", "cross_entropy"), 0.6
-                ),
-                report.Goal(f"chunked, logits tensors of memory, {shape}", [memory["chunked"]], 1.1),
-            ]
-        else:
-            # So small that the copy which restores the logits would warm the cache for the case in place.
-            del cases[IN_PLACE]
-            times = measure.interleaved(cases, repeats=arguments.repeats)
-            goals.append(
-                report.Goal(f"textbook / chunked, time, {shape}", measure.ratios(times, "textbook", "chunked"), 1.5, True)
-            )
-        sections[shape] = section(times, memory)
-        measured[shape] = {"seconds": times, "logits_tensors_of_memory": memory}
-    sections["Goals"] = report.table(report.GOAL_HEADER, [goal.row() for goal in goals])
+        sections[shape] = report.times_table(times, BASELINES)
+        measured[shape] = {"seconds": times}
+        faster = measure.ratios(times, "textbook", "chunked")
+        goals.append(report.Goal(f"{shape}: time, textbook / chunked", faster, 1.5, at_least=True))
+
+    cases, restore = cases_at(*LARGE)
+    memory = {name: measure.in_fresh_process(__spec__.name, "--memory", name) / LARGE_BYTES for name in cases}
+    times = measure.interleaved(cases, repeats=arguments.repeats, prepare=restore)
+    shape = f"{LARGE[0]} × {LARGE[1]:,}"
+    cells = [f"{memory[name]:.2f}" for name in times]
+    sections[shape] = report.times_table(times, BASELINES, {"peak memory, logits tensors": cells})
+    measured[shape] = {"seconds": times, "logits_tensors_of_memory": memory}
+    faster, to_ce = measure.ratios(times, "textbook", "chunked"), measure.ratios(times, "chunked", "cross_entropy")
+    goals += [
+        report.Goal(f"{shape}: time, textbook / chunked", faster, 10, at_least=True),
+        report.Goal(f"{shape}: time, chunked / cross_entropy", to_ce, 0.6),
+        report.Goal(f"{shape}: peak memory of chunked, logits tensors", [memory["chunked"]], 1.1),
+    ]
+    sections["Goals"] = report.goals_table(goals)
     report.write(arguments.output_dir, "logits_loss", sections, measured)
 
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .measure import Spread, spread
+from .measure import Spread, ratios, spread
 
 PACKAGES = "hf-dkd", "torch", "transformers", "accelerate", "trl", "liger_kernel"
 
@@ -32,7 +32,20 @@ class Goal(NamedTuple):
         return [self.what, f"{sign} {self.limit:g}", ranged(middle), "yes" if met else "**no**"]
 
 
-GOAL_HEADER = ["goal", "limit", "measured", "reached"]
+def goals_table(goals: list[Goal]) -> str:
+    return table(["goal", "limit", "measured", "reached"], [goal.row() for goal in goals])
+
+
+def times_table(times: dict[str, list[float]], baselines: list[str], memory: dict[str, list[str]] | None = None) -> str:
+    """A row for each case: milliseconds, ratios to each of the baselines, and columns of memory (title → cells)."""
+    memory = memory or {}
+    rows = [
+        [name, milliseconds(seconds)]
+        + [ranged(spread(ratios(times, name, baseline))) for baseline in baselines]
+        + [cells[index] for cells in memory.values()]
+        for index, (name, seconds) in enumerate(times.items())
+    ]
+    return table(["", "ms", *(f"/ {baseline}" for baseline in baselines), *memory], rows)
 
 
 def options(description: str | None, repeats: int) -> argparse.ArgumentParser:
@@ -80,7 +93,7 @@ def machine() -> dict[str, Any]:
 
 
 def write(output_dir: Path, name: str, sections: dict[str, str], measured: dict[str, Any]) -> None:
-    """Print `sections` (title → Markdown) and write them to `name.md`, and `measured` with the machine to `name.json`."""
+    """Print `sections` (title → Markdown), and write them to `name.md`, `measured` with the machine to `name.json`."""
     facts = machine()
     packages = ", ".join(f"{package} {number}" for package, number in facts["versions"].items() if number)
     about = f"{facts['cpu']}, {facts['cores']} cores, {facts['threads']} threads; {packages}."

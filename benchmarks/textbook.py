@@ -2,7 +2,7 @@
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
+from torch.nn.functional import kl_div, log_softmax, softmax
 
 
 def textbook_dkd_loss(
@@ -15,12 +15,12 @@ def textbook_dkd_loss(
     """
     target = torch.zeros_like(student_logits).scatter_(1, labels.unsqueeze(1), 1).bool()
     others = torch.ones_like(student_logits).scatter_(1, labels.unsqueeze(1), 0).bool()
-    student = _two_classes(F.softmax(student_logits / temperature, dim=1), target, others)
-    teacher = _two_classes(F.softmax(teacher_logits / temperature, dim=1), target, others)
-    tckd = F.kl_div(torch.log(student), teacher, reduction="batchmean")
-    teacher_others = F.softmax(teacher_logits / temperature - 1000.0 * target, dim=1)
-    student_others = F.log_softmax(student_logits / temperature - 1000.0 * target, dim=1)
-    nckd = F.kl_div(student_others, teacher_others, reduction="batchmean")
+    student = _two_classes(softmax(student_logits / temperature, dim=1), target, others)
+    teacher = _two_classes(softmax(teacher_logits / temperature, dim=1), target, others)
+    tckd = kl_div(torch.log(student), teacher, reduction="batchmean")
+    teacher_others = softmax(teacher_logits / temperature - 1000.0 * target, dim=1)
+    student_others = log_softmax(student_logits / temperature - 1000.0 * target, dim=1)
+    nckd = kl_div(student_others, teacher_others, reduction="batchmean")
     return temperature**2 * (alpha * tckd + beta * nckd)
 
 
