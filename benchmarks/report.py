@@ -64,9 +64,8 @@ def table(header: list[str], rows: list[list[str]]) -> str:
 
 def ranged(ratio: Spread) -> str:
     """A ratio with the range of the repeats, as in `0.51 (0.49–0.55)`."""
-    if ratio.low == ratio.high:
-        return f"{ratio.median:.3g}"
-    return f"{ratio.median:.3g} ({ratio.low:.3g}–{ratio.high:.3g})"
+    median, low, high = (f"{value:,.0f}" if value >= 100 else f"{value:.3g}" for value in ratio)
+    return median if low == high else f"{median} ({low}–{high})"
 
 
 def milliseconds(seconds: list[float]) -> str:
