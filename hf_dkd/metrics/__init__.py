@@ -11,6 +11,7 @@ from .entity_f1 import EntityF1
 from .f1 import F1
 from .language import TOKEN_SCORES, language_metrics, token_scores
 from .matthews import MatthewsCorrelation
+from .predictions import metric_of_predictions
 from .rouge import Rouge
 from .sacrebleu import SacreBLEU
 from .tagging import tag_lists, tagging_metrics
@@ -32,6 +33,7 @@ __all__ = [
     "TopKAccuracy",
     "classification_metrics",
     "language_metrics",
+    "metric_of_predictions",
     "reliability",
     "tag_lists",
     "tagging_metrics",
