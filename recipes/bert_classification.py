@@ -112,8 +112,7 @@ def build(
         }
         return encoded | {"labels": rows["labels"]}
 
-    with args.main_process_first(desc="tokenizing"):
-        splits = splits.map(tokenize, batched=True, remove_columns=splits["train"].column_names, desc="Tokenizing")
+    splits = common.tokenized(splits, args, tokenize)
     model = common.load_student(AutoModelForSequenceClassification, student, teacher, names)
     with common.loading("teacher", teacher):
         trainer = DKDTrainer(

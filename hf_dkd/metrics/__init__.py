@@ -11,7 +11,7 @@ from .entity_f1 import EntityF1
 from .f1 import F1
 from .language import TOKEN_SCORES, language_metrics, token_scores
 from .matthews import MatthewsCorrelation
-from .predictions import metric_of_predictions
+from .predictions import class_columns, metric_of_predictions, score_columns, tag_columns
 from .rouge import Rouge
 from .sacrebleu import SacreBLEU
 from .tagging import tag_lists, tagging_metrics
@@ -31,10 +31,13 @@ __all__ = [
     "TeacherAgreement",
     "TeacherKL",
     "TopKAccuracy",
+    "class_columns",
     "classification_metrics",
     "language_metrics",
     "metric_of_predictions",
     "reliability",
+    "score_columns",
+    "tag_columns",
     "tag_lists",
     "tagging_metrics",
     "token_scores",
