@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import common
+from common import option, parse
 from datasets import DatasetDict
-from options import option, parse
 from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding, set_seed
 
 from hf_dkd import DataCollatorWithTeacherInputs, DKDTrainer, DKDTrainingArguments

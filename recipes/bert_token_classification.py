@@ -19,8 +19,8 @@ from functools import partial
 from typing import Any
 
 import common
+from common import fail, option, parse
 from datasets import ClassLabel, DatasetDict, LargeList, List
-from options import fail, option, parse
 from transformers import AutoModelForTokenClassification, DataCollatorForTokenClassification, set_seed
 
 from hf_dkd import DKDTrainer, DKDTrainingArguments

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import common
+from common import fail, option, parse
 from datasets import DatasetDict
-from options import fail, option, parse
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, DataCollatorForSeq2Seq, set_seed
 

@@ -1,27 +1,40 @@
-"""What the recipes share: splits, the student, the tokenizer, and the run with its results."""
+"""What the recipes share: options, splits, the student, the tokenizer, and the run with its results."""
 
 import json
+import os
 import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import distributions
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import datasets
 import yaml
 from datasets import ClassLabel, Dataset, DatasetDict, Value
-from options import fail, option
 from transformers import AutoConfig, AutoTokenizer, set_seed
 from transformers.trainer_utils import PredictionOutput, get_last_checkpoint
 
+from hf_dkd.command_line import parse as parse  # for the recipes
 from hf_dkd.metrics import class_columns
+from hf_dkd.splits import hold_out
 from hf_dkd.student import change_config, keep_layers
 
 PACKAGES = ("hf-dkd", "torch", "transformers", "accelerate", "datasets", "evaluate", "peft", "numpy")
+
+
+def option(default: Any, text: str, **metadata: Any) -> Any:
+    """A field of a dataclass of options, with its help."""
+    return field(default=default, metadata={"help": text, **metadata})
+
+
+def fail(message: str) -> NoReturn:
+    """Stop with one line, printed by one process."""
+    first = os.environ.get("LOCAL_RANK", "0") == "0"
+    raise SystemExit(f"{Path(sys.argv[0]).name}: error: {message}" if first else 2)
 
 
 @dataclass
@@ -91,24 +104,11 @@ def load_splits(data: DataArguments) -> DatasetDict:
         elif name.startswith("test") and data.evaluate_on_test:
             splits["test"] = split
     if "validation" not in splits:
-        splits |= _hold_out(splits["train"], data)
+        splits |= hold_out(splits["train"], data.validation_share, data.split_seed)
     for name, split in splits.items():
         most = data.max_train_samples if name == "train" else data.max_eval_samples
         splits[name] = split.select(range(min(most or len(split), len(split))))
     return splits
-
-
-def _hold_out(train: Dataset, data: DataArguments) -> dict[str, Dataset]:
-    if train.info.builder_name == "text":  # lines of running text: drawn at random they would tear it to pieces
-        halves = train.train_test_split(data.validation_share, shuffle=False)
-        return {"train": halves["train"], "validation": halves["test"]}
-    stratify = next((name for name, feature in train.features.items() if isinstance(feature, ClassLabel)), None)
-    split = {"test_size": data.validation_share, "seed": data.split_seed}
-    try:
-        halves = train.train_test_split(**split, stratify_by_column=stratify)
-    except ValueError:  # a class with a single example, or fewer held out than classes
-        halves = train.train_test_split(**split)
-    return {"train": halves["train"], "validation": halves["test"]}
 
 
 def column(splits: DatasetDict, asked: str | None, usual: Sequence[str], option: str) -> str:

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from common import fail, option, parse
 from datasets import load_dataset
-from options import fail, option, parse
 from tqdm.auto import tqdm
 
 from hf_dkd.metrics import metric_of_predictions

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from options import fail, option
+from common import fail, option
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from tqdm.auto import tqdm

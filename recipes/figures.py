@@ -19,8 +19,8 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from common import fail, option, parse
 from matplotlib.figure import Figure
-from options import fail, option, parse
 from torch import nn
 from tqdm.auto import tqdm
 from transformers import EvalPrediction, HfArgumentParser

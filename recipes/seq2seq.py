@@ -14,8 +14,8 @@ from typing import Any
 
 import common
 import numpy as np
+from common import option, parse
 from datasets import DatasetDict
-from options import option, parse
 from transformers import AutoModelForSeq2SeqLM, DataCollatorForSeq2Seq, EvalPrediction, set_seed
 
 from hf_dkd import DKDSeq2SeqTrainer, DKDSeq2SeqTrainingArguments

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from common import fail, option
 from digits import METRICS, DigitsArguments, fit, load_splits, vit
-from options import fail, option
 from tqdm.auto import tqdm
 from transformers import EvalPrediction, HfArgumentParser, default_data_collator, set_seed
 from transformers.utils.logging import set_verbosity_error
