@@ -82,10 +82,12 @@ def subword_labels(
         )
     labels = []
     for word, before in zip(word_ids, [None, *word_ids[:-1]], strict=True):
-        if word is None or (word == before and later is None):
+        if word is None:
             labels.append(IGNORED)
+        elif word != before:
+            labels.append(tags[word])
         else:
-            labels.append(later[tags[word]] if later is not None and word == before else tags[word])
+            labels.append(IGNORED if later is None else later[tags[word]])
     return labels
 
 

@@ -1,7 +1,7 @@
 """`evaluate` modules that load without a network: `Accuracy().compute(predictions=…, references=…)`.
 
 Each file also loads by its path, `evaluate.load("…/hf_dkd/metrics/accuracy.py")`. They need `pip install
-"hf-dkd[metrics]"` and are imported by nothing else in the package.
+"hf-dkd[metrics]"` and, but for `hf_dkd.figures`, are imported by nothing else in the package.
 """
 
 from .accuracy import Accuracy

@@ -164,7 +164,7 @@ def test_every_epoch_has_its_own_views(recipe: Any, parquet: dict[str, Any], tmp
         str(tmp_path), num_train_epochs=3, per_device_train_batch_size=10, eval_strategy="no", save_strategy="no",
         report_to="none", use_cpu=True, disable_tqdm=True,
     )  # fmt: skip
-    trainer, splits = recipe.build(data, recipe.StudentArguments(**VIT), args)
+    trainer, splits = recipe.build(data, recipe.common.StudentArguments(**VIT), args)
     seen: list[torch.Tensor] = []
     trainer.model.register_forward_pre_hook(
         lambda model, inputs, named: seen.append(named["pixel_values"]), with_kwargs=True
