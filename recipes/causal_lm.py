@@ -45,7 +45,7 @@ class AdapterArguments(common.StudentArguments):
 @dataclass
 class LanguageTrainingArguments(DKDTrainingArguments):
     output_dir: str = "outputs/causal_lm"
-    teacher_adapter: str | None = option(None, "A LoRA student's teacher: 'base', no adapter, or the path of another.")
+    teacher_adapter: str | None = option(None, "Teacher within a LoRA student: 'base' (adapter off) or another's path.")
     num_train_epochs: float = 1
     learning_rate: float = 5e-5
     per_device_train_batch_size: int = 8
