@@ -1,7 +1,7 @@
-"""What a distillation leaves for people to read: the section of the model card, the curves."""
+"""What a distillation leaves for people to read: the section of the model card, the curves, tables of several runs."""
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +125,49 @@ def comparison_table(table: Mapping[str, Any], metric: str, split: str, scale: f
             gap = row["difference_to"].get(rival)
             cells.append("" if gap is None else f"{number(gap['mean'])} [{number(gap['low'])}, {number(gap['high'])}]")
         lines.append(f"| {method} | {' | '.join(cells)} | {row['seconds']:.1f} |")
+    return "\n".join(lines)
+
+
+def summarise_runs(runs: Sequence[Mapping[str, float]], metrics: Iterable[str]) -> dict[str, float]:
+    """What runs come to that differ in their seed alone.
+
+    Args:
+        runs: of each its `parameters`, its `seconds`, and what `Trainer.evaluate` returned.
+        metrics: shares in [0, 1], named without `eval_`. One that no run has is left out.
+
+    Returns:
+        Means by name, those of the metrics in per cent, and by `NAME_spread` the standard deviation of each metric that
+        several runs have.
+
+    Raises:
+        ValueError: without runs.
+    """
+    if not runs:
+        raise ValueError("no runs to summarise; give at least one.")
+    row = {name: statistics.mean(run[name] for run in runs) for name in ("parameters", "seconds")}
+    for name in metrics:
+        values = [100 * run[f"eval_{name}"] for run in runs if f"eval_{name}" in run]
+        if values:
+            row[name] = statistics.mean(values)
+        if len(values) > 1:
+            row[f"{name}_spread"] = statistics.stdev(values)
+    return row
+
+
+def summary_table(rows: Mapping[str, Mapping[str, float]], titles: Mapping[str, str]) -> str:
+    """The plain-text table of what `summarise_runs` returns, by method: a column for each metric, with its title."""
+
+    def percent(row: Mapping[str, float], name: str) -> str:
+        spread = f" ± {row[f'{name}_spread']:.2f}" if f"{name}_spread" in row else ""
+        return f"{row[name]:.2f}{spread}" if name in row else ""
+
+    width = max([14, *map(len, rows)])
+    widths = {name: max(14, len(title) + 1) for name, title in titles.items()}
+    heads = [f"{title:>{widths[name]}}" for name, title in titles.items()]
+    lines = [" ".join([f"{'':<{width}}", *heads, f"{'parameters':>11}", f"{'seconds':>8}"])]
+    for method, row in rows.items():
+        cells = [f"{percent(row, name):>{widths[name]}}" for name in titles]
+        lines.append(" ".join([f"{method:<{width}}", *cells, f"{row['parameters']:>11,}", f"{row['seconds']:>8.1f}"]))
     return "\n".join(lines)
 
 

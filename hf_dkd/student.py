@@ -1,12 +1,17 @@
-"""Students made from their teacher's layers."""
+"""Students made from other models: some of the layers, other settings, an adapter."""
 
 import copy
+import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
+
+# What follows from other settings, as stage names from depths: kept, it would not fit changed ones.
+_DERIVED = ("out_features", "out_indices", "stage_names")
 
 
 def keep_layers(model: PreTrainedModel, layers: Sequence[int]) -> PreTrainedModel:
@@ -30,7 +35,7 @@ def keep_layers(model: PreTrainedModel, layers: Sequence[int]) -> PreTrainedMode
         )
     if not layers or not all(0 <= layer < count for layer in layers):
         raise ValueError(f"layers are {list(layers)}; expected numbers from 0 to {count - 1}.")
-    config = type(model.config).from_dict(_settings_of(model.config.to_dict(), layers))
+    config = change_config(model.config, _settings_of(model.config, layers))
     config._attn_implementation = model.config._attn_implementation
     student = type(model)(config)
     if model.can_generate():
@@ -44,11 +49,51 @@ def keep_layers(model: PreTrainedModel, layers: Sequence[int]) -> PreTrainedMode
     return student.train(model.training)
 
 
-def _settings_of(settings: dict[str, Any], layers: Sequence[int]) -> dict[str, Any]:
-    """The settings of a model that has these layers alone, from those of the whole one."""
-    for name in ("layer_types", "no_rope_layers"):
-        if settings.get(name):
-            settings[name] = [settings[name][layer] for layer in layers]
-    # What follows from the number of layers is derived again.
-    derived = ("out_features", "out_indices", "stage_names")
-    return {name: value for name, value in settings.items() if name not in derived} | {"num_hidden_layers": len(layers)}
+def change_config(config: PreTrainedConfig, changes: Mapping[str, Any]) -> PreTrainedConfig:
+    """A new config with some settings changed, and what follows from them, such as names of stages, derived again.
+
+    Args:
+        config: which stays as it is.
+        changes: by name of a setting.
+
+    Raises:
+        ValueError: for settings that the config does not have.
+    """
+    unknown = [name for name in changes if not hasattr(config, name)]
+    if unknown:
+        raise ValueError(f"{type(config).__name__} has no {', '.join(unknown)} to change; expected its own settings.")
+    kept = {name: value for name, value in config.to_dict().items() if name not in _DERIVED}
+    return type(config).from_dict(kept | dict(changes))
+
+
+def add_adapter(model: PreTrainedModel, config: Any, teacher: str | os.PathLike | None = None) -> Any:
+    """`model` as a peft model: its weights frozen, an adapter to train, and maybe another one that teaches.
+
+    The adapter that is trained is `"default"`, the only one that `save_pretrained` then saves. The other is
+    `"teacher"`, as in `Teacher.from_adapter(student, "teacher")`; without it the model itself may teach its adapter,
+    `Teacher.from_adapter(student)`.
+
+    Args:
+        model: which peft changes in place.
+        config: of the adapter, such as peft's `LoraConfig`. Needs peft (`pip install "hf-dkd[peft]"`).
+        teacher: path or Hub id of the other adapter, made for the same model.
+
+    Raises:
+        ValueError: where the model has none of the modules that `config` names, or `teacher` is no adapter.
+        RuntimeError: where the teacher's weights do not fit the model.
+    """
+    from peft import get_peft_model
+
+    student: Any = get_peft_model(model, config)
+    if teacher is not None:
+        student.load_adapter(teacher, "teacher", is_trainable=False, torch_device="cpu")
+        student.set_adapter("default")  # which loading froze, in peft 0.19
+    student.save_pretrained = partial(student.save_pretrained, selected_adapters=["default"])
+    return student
+
+
+def _settings_of(config: PreTrainedConfig, layers: Sequence[int]) -> dict[str, Any]:
+    """The settings that tell how many layers there are, and of what kinds, for these layers alone."""
+    kinds = {name: getattr(config, name, None) for name in ("layer_types", "no_rope_layers")}
+    kept: dict[str, Any] = {name: [one[layer] for layer in layers] for name, one in kinds.items() if one}
+    return kept | {"num_hidden_layers": len(layers)}

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import common
+from common import option, parse
 from datasets import DatasetDict
-from options import option, parse
 from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding, set_seed
 
 from hf_dkd import DataCollatorWithTeacherInputs, DKDTrainer, DKDTrainingArguments
@@ -112,8 +112,7 @@ def build(
         }
         return encoded | {"labels": rows["labels"]}
 
-    with args.main_process_first(desc="tokenizing"):
-        splits = splits.map(tokenize, batched=True, remove_columns=splits["train"].column_names, desc="Tokenizing")
+    splits = common.tokenized(splits, args, tokenize)
     model = common.load_student(AutoModelForSequenceClassification, student, teacher, names)
     with common.loading("teacher", teacher):
         trainer = DKDTrainer(

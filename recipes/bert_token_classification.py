@@ -18,22 +18,21 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import numpy as np
-from common import DataArguments, StudentArguments, column, load_splits, load_student, load_tokenizer, loading, run
+import common
+from common import fail, option, parse
 from datasets import ClassLabel, DatasetDict, LargeList, List
-from options import fail, option, parse
 from transformers import AutoModelForTokenClassification, DataCollatorForTokenClassification, set_seed
 
 from hf_dkd import DKDTrainer, DKDTrainingArguments
-from hf_dkd.metrics import tag_lists, tagging_metrics
+from hf_dkd.metrics import tag_columns, tagging_metrics
+from hf_dkd.text import continued, subword_labels
 
 STUDENT, TEACHER = "distilbert/distilbert-base-cased", "dslim/bert-base-NER"
 CONLL, CONLL_TAGS = "lhoestq/conll2003", "O,B-PER,I-PER,B-ORG,I-ORG,B-LOC,I-LOC,B-MISC,I-MISC"
-IGNORED = -100
 
 
 @dataclass
-class TaggingArguments(DataArguments):
+class TaggingArguments(common.DataArguments):
     dataset_name: str | None = option(CONLL, "Hub id, or a folder of parquet or JSON files.")
     tokens_column_name: str | None = option(None, "Column of lists of words.")
     tags_column_name: str | None = option(None, "Column of lists of tags.")
@@ -55,15 +54,13 @@ class TaggingTrainingArguments(DKDTrainingArguments):
     save_total_limit: int = 1
 
 
-ARGUMENTS = (TaggingArguments, StudentArguments, TaggingTrainingArguments)
+ARGUMENTS = (TaggingArguments, common.StudentArguments, TaggingTrainingArguments)
 
 
 def load_tagged_texts(data: TaggingArguments) -> tuple[DatasetDict, list[str]]:
     """Splits of columns tokens and tags, numbered, and the names of the tags."""
-    splits = load_splits(data)
-    tokens = column(splits, data.tokens_column_name, ("tokens", "words"), "tokens_column_name")
-    tags = column(splits, data.tags_column_name, ("ner_tags", "tags", "labels"), "tags_column_name")
-    splits = splits.select_columns([tokens, tags]).rename_columns({tokens: "tokens", tags: "tags"})
+    usual = {"tokens": ("tokens", "words"), "tags": ("ner_tags", "tags", "labels")}
+    splits = common.select_columns(common.load_splits(data), data, usual)
     for name, feature in splits["train"].features.items():
         if not isinstance(feature, List | LargeList):
             fail(f"the {name} are no lists but {feature}: each row has a list of words and a list of their tags.")
@@ -72,13 +69,10 @@ def load_tagged_texts(data: TaggingArguments) -> tuple[DatasetDict, list[str]]:
         return splits, kind.names
     if kind.dtype in ("string", "large_string"):
         names = sorted({tag for tags in splits["train"]["tags"] for tag in tags})
+    elif data.tag_names is None:
+        fail("the tags are numbers: name them with --tag_names O,B-PER,…")
     else:
-        known = data.tag_names
-        if known is None and data.dataset_name == CONLL and data.train_file is None:
-            known = CONLL_TAGS
-        if known is None:
-            fail("the tags are numbers: name them with --tag_names O,B-PER,…")
-        names = known.split(",")
+        names = data.tag_names.split(",")
     try:
         return splits.cast_column("tags", List(ClassLabel(names=names))), names
     except ValueError as error:
@@ -88,38 +82,32 @@ def load_tagged_texts(data: TaggingArguments) -> tuple[DatasetDict, list[str]]:
 def load_tokenizers(student: str | None, teacher: str | None, texts: list[list[str]]) -> Any:
     """The student's tokenizer, which must split `texts` as the teacher's does: tags stand at the same subwords."""
     # For the byte-level tokenizers, such as RoBERTa's: a word is then the same at the start of a text as within it.
-    tokenizer = load_tokenizer(student or teacher, "student", add_prefix_space=True)
+    tokenizer = common.load_tokenizer(student or teacher, "student", add_prefix_space=True)
     if teacher is not None:
-        other = load_tokenizer(teacher, "teacher", add_prefix_space=True)
+        other = common.load_tokenizer(teacher, "teacher", add_prefix_space=True)
         ids, other_ids = (one(texts, is_split_into_words=True)["input_ids"] for one in (tokenizer, other))
         if ids != other_ids or tokenizer.get_vocab() != other.get_vocab():
-            fail(f"the tokenizers of teacher ({len(other)} subwords) and student ({len(tokenizer)}) differ, but tags "
-                 "must stand at the same: take a student of the teacher's family or --student_layers.")  # fmt: skip
+            fail(
+                f"the tokenizers of teacher ({len(other)} subwords) and student ({len(tokenizer)}) differ, but tags "
+                "must stand at the same: take a student of the teacher's family or --student_layers."
+            )
     return tokenizer
 
 
-def subword_labels(words: list[int | None], tags: list[int], later: list[int]) -> list[int]:
-    """A label for each subword, of which `words` tells the word: the word's tag, and what `later` makes of it from the
-    word's second subword on.
-    """
-    pairs = zip(words, [None, *words[:-1]], strict=True)
-    return [IGNORED if word is None else later[tags[word]] if word == before else tags[word] for word, before in pairs]
-
-
-def build(data: TaggingArguments, student: StudentArguments, args: TaggingTrainingArguments) -> tuple[Any, DatasetDict]:
+def build(
+    data: TaggingArguments, student: common.StudentArguments, args: TaggingTrainingArguments
+) -> tuple[Any, DatasetDict]:
     set_seed(args.seed)
+    by_default = data.dataset_name == CONLL and data.train_file is None
+    data.tag_names = data.tag_names or (CONLL_TAGS if by_default else None)
     splits, names = load_tagged_texts(data)
     if not (student.student_model_name_or_path or student.student_model_type or student.student_layers):
         student.student_model_name_or_path = STUDENT
-        if data.dataset_name == CONLL and data.train_file is None:
-            args.teacher_model_name_or_path = args.teacher_model_name_or_path or TEACHER
+        args.teacher_model_name_or_path = args.teacher_model_name_or_path or (TEACHER if by_default else None)
     teacher = args.teacher_model_name_or_path
     tokenizer = load_tokenizers(student.student_model_name_or_path, teacher, splits["train"][:100]["tokens"])
-    # Within an entity that began with the word's first subword, the others continue it.
-    inside = [names.index(f"I-{tag[2:]}") if f"I-{tag[2:]}" in names else index for index, tag in enumerate(names)]
-    first_alone = [IGNORED] * len(names)
 
-    def tokenize(rows: dict[str, list], later: list[int]) -> dict[str, list]:
+    def tokenize(rows: dict[str, list], later: list[int] | None) -> dict[str, list]:
         encoded = tokenizer(rows["tokens"], is_split_into_words=True, truncation=True, max_length=data.max_seq_length)
         for tokens, tags in zip(rows["tokens"], rows["tags"], strict=True):
             if len(tokens) != len(tags) or not all(0 <= tag < len(names) for tag in tags):
@@ -127,14 +115,11 @@ def build(data: TaggingArguments, student: StudentArguments, args: TaggingTraini
         labels = [subword_labels(encoded.word_ids(row), tags, later) for row, tags in enumerate(rows["tags"])]
         return {**encoded, "labels": labels}
 
-    with args.main_process_first(desc="tokenizing"):
-        for name, split in splits.items():
-            later = inside if data.label_all_subwords and name == "train" else first_alone
-            splits[name] = split.map(
-                partial(tokenize, later=later), batched=True, remove_columns=["tokens", "tags"], desc="Tokenizing"
-            )
-    model = load_student(AutoModelForTokenClassification, student, teacher, names)
-    with loading("teacher", teacher):
+    for name, split in splits.items():
+        later = continued(names) if data.label_all_subwords and name == "train" else None
+        splits[name] = common.tokenized(split, args, tokenize, later=later)
+    model = common.load_student(AutoModelForTokenClassification, student, teacher, names)
+    with common.loading("teacher", teacher):
         trainer = DKDTrainer(
             model=model,
             args=args,
@@ -150,16 +135,12 @@ def build(data: TaggingArguments, student: StudentArguments, args: TaggingTraini
 def main() -> None:
     data, student, args, settings = parse(*ARGUMENTS)
     trainer, splits = build(data, student, args)
-    names = list(trainer.model.config.id2label.values())
-    run(
+    common.run(
         trainer,
         splits,
         settings,
         primary="f1",
-        table=lambda output: {
-            "label": tag_lists(names, output.label_ids, output.label_ids),
-            "prediction": tag_lists(names, np.argmax(output.predictions, axis=-1), output.label_ids),
-        },
+        table=partial(tag_columns, list(trainer.model.config.id2label.values())),
         tasks="token-classification",
         dataset=data.train_file or data.dataset_name,
     )

@@ -1,26 +1,40 @@
-"""What the recipes share: splits, the student, the tokenizer, and the run with its results."""
+"""What the recipes share: options, splits, the student, the tokenizer, and the run with its results."""
 
 import json
+import os
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import distributions
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import datasets
 import yaml
 from datasets import ClassLabel, Dataset, DatasetDict, Value
-from options import fail, option
 from transformers import AutoConfig, AutoTokenizer, set_seed
 from transformers.trainer_utils import PredictionOutput, get_last_checkpoint
 
-from hf_dkd.student import keep_layers
+from hf_dkd.command_line import parse as parse  # for the recipes
+from hf_dkd.metrics import class_columns
+from hf_dkd.splits import hold_out
+from hf_dkd.student import change_config, keep_layers
 
 PACKAGES = ("hf-dkd", "torch", "transformers", "accelerate", "datasets", "evaluate", "peft", "numpy")
+
+
+def option(default: Any, text: str, **metadata: Any) -> Any:
+    """A field of a dataclass of options, with its help."""
+    return field(default=default, metadata={"help": text, **metadata})
+
+
+def fail(message: str) -> NoReturn:
+    """Stop with one line, printed by one process."""
+    first = os.environ.get("LOCAL_RANK", "0") == "0"
+    raise SystemExit(f"{Path(sys.argv[0]).name}: error: {message}" if first else 2)
 
 
 @dataclass
@@ -90,24 +104,11 @@ def load_splits(data: DataArguments) -> DatasetDict:
         elif name.startswith("test") and data.evaluate_on_test:
             splits["test"] = split
     if "validation" not in splits:
-        splits |= _hold_out(splits["train"], data)
+        splits |= hold_out(splits["train"], data.validation_share, data.split_seed)
     for name, split in splits.items():
         most = data.max_train_samples if name == "train" else data.max_eval_samples
         splits[name] = split.select(range(min(most or len(split), len(split))))
     return splits
-
-
-def _hold_out(train: Dataset, data: DataArguments) -> dict[str, Dataset]:
-    if train.info.builder_name == "text":  # lines of running text: drawn at random they would tear it to pieces
-        halves = train.train_test_split(data.validation_share, shuffle=False)
-        return {"train": halves["train"], "validation": halves["test"]}
-    stratify = next((name for name, feature in train.features.items() if isinstance(feature, ClassLabel)), None)
-    split = {"test_size": data.validation_share, "seed": data.split_seed}
-    try:
-        halves = train.train_test_split(**split, stratify_by_column=stratify)
-    except ValueError:  # a class with a single example, or fewer held out than classes
-        halves = train.train_test_split(**split)
-    return {"train": halves["train"], "validation": halves["test"]}
 
 
 def column(splits: DatasetDict, asked: str | None, usual: Sequence[str], option: str) -> str:
@@ -118,6 +119,13 @@ def column(splits: DatasetDict, asked: str | None, usual: Sequence[str], option:
         wanted = f"no column {asked!r}" if asked else f"none of the columns {', '.join(usual)}"
         fail(f"the data has {wanted}; its columns are {', '.join(columns)}: name one with --{option}.")
     return found[0]
+
+
+def select_columns(splits: DatasetDict, data: DataArguments, usual: Mapping[str, Sequence[str]]) -> DatasetDict:
+    """Splits of the columns that `usual` names: each the one of option NAME_column_name, or a usual one, renamed."""
+    options = {name: f"{name}_column_name" for name in usual}
+    columns = {column(splits, getattr(data, options[name]), usual[name], options[name]): name for name in usual}
+    return splits.select_columns(list(columns)).rename_columns(columns)
 
 
 def with_class_labels(splits: DatasetDict, name: str) -> tuple[DatasetDict, list[str]]:
@@ -152,21 +160,11 @@ def load_student(
         make: Any = AutoConfig.for_model if path is None else AutoConfig.from_pretrained
         config = make(path or options.student_model_type, **labels)
         if path is None or options.student_config_overrides:
-            return auto_class.from_config(_overridden(config, options.student_config_overrides or ""))
+            overrides = re.sub(r"(\w+)=", r"\1: ", options.student_config_overrides or "")
+            return auto_class.from_config(change_config(config, yaml.safe_load(f"{{{overrides}}}")))
         model = auto_class.from_pretrained(path, config=config, ignore_mismatched_sizes=True)
         layers = options.student_layers
         return model if layers is None else keep_layers(model, [int(layer) for layer in layers.split(",")])
-
-
-def _overridden(config: Any, overrides: str) -> Any:
-    changes = yaml.safe_load("{" + re.sub(r"(\w+)=", r"\1: ", overrides) + "}")
-    unknown = [name for name in changes if not hasattr(config, name)]
-    if unknown:
-        raise ValueError(f"{type(config).__name__} has no {', '.join(unknown)} for --student_config_overrides")
-    # Made anew: what follows from other settings, as stage names from depths, would keep its value and not load again.
-    derived = ("stage_names", "out_features", "out_indices")
-    kept = {name: value for name, value in config.to_dict().items() if name not in derived}
-    return type(config).from_dict(kept | changes)
 
 
 def load_tokenizer(path: str | None, whose: str, **options: Any) -> Any:
@@ -177,10 +175,19 @@ def load_tokenizer(path: str | None, whose: str, **options: Any) -> Any:
         return AutoTokenizer.from_pretrained(path, **options)
 
 
-def classes_table(output: PredictionOutput) -> dict[str, Any]:
-    """The columns of predictions.parquet for a classifier."""
-    logits: Any = output.predictions
-    return {"label": output.label_ids, "prediction": logits.argmax(axis=-1), "logits": logits}
+def load_shared_tokenizer(student: str | None, teacher: str | None) -> Any:
+    """The student's tokenizer, or else the teacher's, which must be the same: both models read the same ids."""
+    tokenizer = load_tokenizer(student or teacher, "student")
+    if teacher and load_tokenizer(teacher, "teacher").get_vocab() != tokenizer.get_vocab():
+        fail(f"the teacher {teacher!r} has another tokenizer than the student: take two models of one family.")
+    return tokenizer
+
+
+def tokenized(rows: Any, args: Any, tokenize: Callable[..., dict[str, list]], **options: Any) -> Any:
+    """What `tokenize` makes of batches of rows, of one split or all, given `options` too; by the main process first."""
+    old = (rows["train"] if isinstance(rows, DatasetDict) else rows).column_names
+    with args.main_process_first(desc="tokenizing"):
+        return rows.map(tokenize, batched=True, remove_columns=old, fn_kwargs=options, desc="Tokenizing")
 
 
 def run(
@@ -188,7 +195,7 @@ def run(
     splits: DatasetDict,
     settings: dict[str, Any],
     primary: str,
-    table: Callable[[PredictionOutput], dict[str, Any]] = classes_table,
+    table: Callable[[PredictionOutput], dict[str, Any]] = class_columns,
     higher_is_better: bool = True,
     teacher_logits: bool = True,
     **card: Any,

@@ -10,7 +10,6 @@ settings per method on the validation split, without the test split, and takes t
 
 import json
 import math
-import random
 import shlex
 import subprocess
 import sys
@@ -18,14 +17,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import yaml
-from datasets import Dataset, load_dataset
-from options import fail, option, parse
+from common import fail, option, parse
+from datasets import load_dataset
 from tqdm.auto import tqdm
 
-from hf_dkd.metrics import Accuracy, EntityF1, MatthewsCorrelation, Rouge, SacreBLEU
+from hf_dkd.metrics import metric_of_predictions
 from hf_dkd.reporting import compare_runs, comparison_table, plot_comparison
+from hf_dkd.tuning import draw_settings
 
 METHODS: dict[str, dict[str, Any]] = {
     "cross-entropy": {"dkd_alpha": 0.0, "dkd_beta": 0.0},
@@ -83,55 +82,29 @@ def run_once(args: CompareArguments, passed: list[str], folder: Path, settings: 
     return json.loads(done.read_text())
 
 
-def told_by_predictions(metric: str, rows: Dataset) -> float:
-    """The primary metric of a recipe, counted anew from its predictions.parquet."""
-    if metric == "perplexity":
-        columns = rows.with_format("numpy")
-        return float(np.exp(columns["negative_log_likelihood"][:].sum(dtype=float) / columns["tokens"][:].sum()))
-    metrics: dict[str, Any] = {
-        "accuracy": Accuracy,
-        "matthews_correlation": MatthewsCorrelation,
-        "f1": EntityF1,
-        "bleu": SacreBLEU,
-        "rougeL": Rouge,
-    }
-    references = rows["label" if "label" in rows.column_names else "reference"][:]
-    return float(metrics[metric]().compute(predictions=rows["prediction"][:], references=references)[metric])
-
-
 def score(results: dict[str, Any], folder: Path, split: str) -> float:
     """The primary metric on `split`. The predictions, which are those of the last split, must tell the same."""
     metric = results["primary_metric"]
     value = float(results["metrics"][split][metric])
     if split == list(results["metrics"])[-1]:
         rows = load_dataset("parquet", data_files=str(folder / "predictions.parquet"), split="train")
-        told = told_by_predictions(metric, rows)
+        told = metric_of_predictions(metric, rows)
         if not math.isclose(told, value, rel_tol=1e-6, abs_tol=1e-9):
             fail(f"{folder}: results.json says {metric} {value}, its predictions {told}: the files do not match.")
     return value
 
 
-def draw_settings(space: dict[str, Any], number: int) -> dict[str, Any]:
-    """Settings of trial `number`: the same for every method, as far as the methods share them."""
-    source = random.Random(TRIAL_SEED + number)
-    settings = {}
-    for name, values in space.items():
-        if isinstance(values, dict):
-            low, high = (math.log(float(values[end])) for end in ("low", "high"))  # YAML reads 1e-3 as a string
-            settings[name] = math.exp(source.uniform(low, high))
-        else:
-            settings[name] = source.choice(values)
-    return settings
-
-
 def tune(args: CompareArguments, passed: list[str], method: str, bar: Any) -> dict[str, Any]:
-    """The best of `trials` settings on the validation split. Every method is given as many."""
+    """The best of `trials` settings on the validation split. Methods get equally many, alike in what they share."""
     spaces = yaml.safe_load(Path(args.tuning).read_text()) if args.tuning else TUNING
     space = spaces.get("all", {}) | spaces.get(method.partition(":")[0], {})
     scores: list[tuple[float, dict[str, Any]]] = []
     for number in range(args.trials):
         bar.set_description(f"{method}, trial {number}")
-        settings = draw_settings(space, number) | settings_of(method)
+        try:
+            settings = draw_settings(space, TRIAL_SEED + number) | settings_of(method)
+        except ValueError as error:
+            fail(f"--tuning {args.tuning}: {error}")
         folder = Path(args.output_dir) / method.replace("/", "_") / f"trial-{number}"
         results = run_once(args, passed, folder, settings | {"seed": TRIAL_SEED, "evaluate_on_test": False})
         sign = 1 if results["higher_is_better"] else -1

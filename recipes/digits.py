@@ -9,7 +9,6 @@ Every option of DKDTrainingArguments applies to the students: try --dkd_beta 4 o
 
 import json
 import logging
-import statistics
 import time
 from dataclasses import dataclass, replace
 from importlib.metadata import version
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from options import fail, option
+from common import fail, option
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from tqdm.auto import tqdm
@@ -32,13 +31,14 @@ from transformers import (
 from transformers.utils.logging import set_verbosity_error
 
 from hf_dkd import DKDTrainer, DKDTrainingArguments
-from hf_dkd.reporting import plot_curves
+from hf_dkd.reporting import plot_curves, summarise_runs, summary_table
 
 METHODS: dict[str, dict[str, Any]] = {
     "cross-entropy": {"dkd_alpha": 0.0, "dkd_beta": 0.0},
     "classical KD": {"distillation": "kd", "dkd_beta": 1.0},
     "DKD": {},
 }
+METRICS = {"accuracy": "test accuracy %", "teacher_agreement": "agreement %"}
 
 
 @dataclass
@@ -96,31 +96,6 @@ def fit(
     return trainer, {"parameters": model.num_parameters(), "seconds": seconds, **trainer.evaluate()}
 
 
-def summarise(runs: list[dict]) -> dict[str, Any]:
-    """Mean and spread over the seeds."""
-    row = {name: statistics.mean(run[name] for run in runs) for name in ("parameters", "seconds")}
-    for name in ("accuracy", "teacher_agreement"):
-        values = [100 * run[f"eval_{name}"] for run in runs if f"eval_{name}" in run]
-        if values:
-            row[name] = statistics.mean(values)
-        if len(values) > 1:
-            row[f"{name}_spread"] = statistics.stdev(values)
-    return row
-
-
-def table(rows: dict[str, dict[str, Any]]) -> str:
-    def percent(row: dict[str, Any], name: str) -> str:
-        spread = f" ± {row[f'{name}_spread']:.2f}" if f"{name}_spread" in row else ""
-        return f"{row[name]:.2f}{spread}" if name in row else ""
-
-    width = max(14, *(len(name) for name in rows))
-    lines = [f"{'':<{width}} {'test accuracy %':>16} {'agreement %':>14} {'parameters':>11} {'seconds':>8}"]
-    for name, row in rows.items():
-        scores = f"{percent(row, 'accuracy'):>16} {percent(row, 'teacher_agreement'):>14}"
-        lines.append(f"{name:<{width}} {scores} {row['parameters']:>11,} {row['seconds']:>8.1f}")
-    return "\n".join(lines)
-
-
 def main() -> None:
     dataclasses: Any = DigitsArguments
     (args,) = HfArgumentParser(dataclasses).parse_args_into_dataclasses()
@@ -149,7 +124,7 @@ def main() -> None:
     progress.close()
 
     if trainer.is_world_process_zero():
-        rows = {name: summarise(results) for name, results in runs.items()}
+        rows = {name: summarise_runs(results, METRICS) for name, results in runs.items()}
         output = Path(args.output_dir)
         trainer.save_model()
         trainer.create_model_card()
@@ -163,7 +138,7 @@ def main() -> None:
             "versions": versions,
         }
         (output / "results.json").write_text(json.dumps(results, indent=2))
-        print(f"\n{table(rows)}\n")
+        print(f"\n{summary_table(rows, METRICS)}\n")
         print(f"Mean ± standard deviation over {args.seeds} seeds, {len(test)} test images.")
         print("These digits are easy and the test set is small: differences of a few tenths are noise, not a ranking.")
         print(f"Wrote results.json, curves.png and the last DKD student to {output}.")

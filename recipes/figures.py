@@ -19,16 +19,13 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from matplotlib import colormaps
+from common import fail, option, parse
 from matplotlib.figure import Figure
-from options import fail, option, parse
-from sklearn.manifold import TSNE
 from torch import nn
 from tqdm.auto import tqdm
 from transformers import EvalPrediction, HfArgumentParser
 
-from hf_dkd import decoupled_kl
-from hf_dkd.metrics import reliability
+from hf_dkd.figures import class_correlations, reliability_diagram, terms_by_class, tsne
 from hf_dkd.reporting import plot_curves
 
 # The runs' own settings name where the student came from; here it comes from the run.
@@ -93,74 +90,6 @@ def save(figure: Figure, path: Path) -> None:
     tqdm.write(f"Wrote {path}")
 
 
-def correlation_matrix(one: Look) -> np.ndarray:
-    """Correlations between the logits of two classes over the examples, (C, C).
-
-    Each example's mean logit is taken off first: it moves all classes alike, and no softmax sees it.
-    """
-    return np.corrcoef((one.logits - one.logits.mean(1, keepdims=True)).T)
-
-
-def correlation(students: dict[str, Look], teacher: Look) -> Figure:
-    gaps = {name: np.abs(correlation_matrix(one) - correlation_matrix(teacher)) for name, one in students.items()}
-    figure = Figure(figsize=(4.5 * len(gaps) + 0.8, 4.4), layout="constrained")
-    panels = figure.subplots(1, len(gaps), squeeze=False)[0]
-    top = float(max(gap.max() for gap in gaps.values()))
-    for axes, (name, gap) in zip(panels, gaps.items(), strict=True):
-        image = axes.imshow(gap, vmin=0, vmax=top, cmap="magma")
-        axes.set(title=f"{name}: mean {gap.mean():.3f}", xlabel="class", ylabel="class")
-    figure.colorbar(image, ax=list(panels), label="|correlation of teacher − of student|")
-    return figure
-
-
-def tsne(students: dict[str, Look], teacher: Look, labels: np.ndarray, names: list[str], classes: int) -> Figure:
-    shown = np.unique(labels)[:classes]
-    rows = np.isin(labels, shown)
-    looks = {"teacher": teacher, **students}
-    figure = Figure(figsize=(4.3 * len(looks) + 2, 4.4), layout="constrained")
-    for axes, (name, one) in zip(figure.subplots(1, len(looks)), looks.items(), strict=True):
-        features = one.features[rows]
-        places = TSNE(perplexity=min(30, (len(features) - 1) / 3), random_state=0).fit_transform(features)
-        for index, label in enumerate(shown):
-            points = places[labels[rows] == label]
-            axes.scatter(*points.T, s=8, color=colormaps["tab20"](index % 20), label=names[label])
-        axes.set(title=name, xticks=[], yticks=[])
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside right center", fontsize=7, markerscale=2)
-    return figure
-
-
-def per_class(students: dict[str, Look], teacher: Look, labels: np.ndarray, temperature: float) -> Figure:
-    figure = Figure(figsize=(11, 4), layout="constrained")
-    panels = figure.subplots(1, 2)
-    logits = torch.tensor(teacher.logits, dtype=torch.float64)
-    order: dict[int, np.ndarray] = {}
-    for index, (name, one) in enumerate(students.items()):
-        terms = decoupled_kl(torch.tensor(one.logits).double(), logits, torch.tensor(labels), temperature=temperature)
-        for panel, (axes, term) in enumerate(zip(panels, terms, strict=True)):
-            means = np.array([term.numpy()[labels == label].mean() for label in np.unique(labels)])
-            ranks = order.setdefault(panel, np.argsort(-means))
-            axes.plot(means[ranks], color=f"C{index}", label=f"{name}: mean {term.mean():.3f}")
-    for axes, title in zip(panels, ("TCKD", "NCKD"), strict=True):
-        axes.set(title=f"{title} of each class, T = {temperature:g}", xlabel="class, from the first run's largest")
-        axes.set_ylim(bottom=0)
-        axes.grid(alpha=0.3)
-        axes.legend()
-    return figure
-
-
-def reliability_diagram(students: dict[str, Look], teacher: Look, labels: np.ndarray) -> Figure:
-    looks = {"teacher": teacher, **students}
-    figure = Figure(figsize=(3.4 * len(looks), 3.6), layout="constrained")
-    for axes, (name, one) in zip(figure.subplots(1, len(looks), sharey=True), looks.items(), strict=True):
-        bins = reliability(one.logits, labels)
-        width = 1 / len(bins.examples)
-        error = np.nansum(np.abs(bins.accuracy - bins.confidence) * bins.examples) / bins.examples.sum()
-        axes.bar(np.arange(len(bins.examples)) * width, np.nan_to_num(bins.accuracy), width, align="edge", color="C0")
-        axes.plot([0, 1], [0, 1], color="0.3", linestyle="--", linewidth=1)
-        axes.set(title=f"{name}: error {error:.3f}", xlabel="confidence", ylabel="accuracy", xlim=(0, 1), ylim=(0, 1))
-    return figure
-
-
 def main() -> None:
     args, _ = parse(FigureArguments)
     if not args.runs:
@@ -176,10 +105,12 @@ def main() -> None:
         students[name], teacher, labels, names = look(folder, args.max_samples)
         histories[name] = [json.loads((folder / "trainer_state.json").read_text())["log_history"]]
     plot_curves(histories, output / "curves.png")
-    save(correlation(students, teacher), output / "correlation.png")
-    save(tsne(students, teacher, labels, names, args.tsne_classes), output / "tsne.png")
-    save(per_class(students, teacher, labels, args.temperature), output / "per_class.png")
-    save(reliability_diagram(students, teacher, labels), output / "reliability.png")
+    logits = {name: one.logits for name, one in students.items()}
+    features = {name: one.features for name, one in {"teacher": teacher, **students}.items()}
+    save(class_correlations(logits, teacher.logits), output / "correlation.png")
+    save(tsne(features, labels, names, args.tsne_classes), output / "tsne.png")
+    save(terms_by_class(logits, teacher.logits, labels, args.temperature), output / "per_class.png")
+    save(reliability_diagram({"teacher": teacher.logits, **logits}, labels), output / "reliability.png")
 
 
 if __name__ == "__main__":

@@ -12,10 +12,10 @@ it distils T5-Base into T5-Small. Its data are translations of books, unless you
 from dataclasses import dataclass
 from typing import Any
 
+import common
 import numpy as np
-from common import DataArguments, StudentArguments, column, load_splits, load_student, load_tokenizer, loading, run
+from common import option, parse
 from datasets import DatasetDict
-from options import fail, option, parse
 from transformers import AutoModelForSeq2SeqLM, DataCollatorForSeq2Seq, EvalPrediction, set_seed
 
 from hf_dkd import DKDSeq2SeqTrainer, DKDSeq2SeqTrainingArguments
@@ -25,7 +25,7 @@ SOURCES, TARGETS = ("document", "article", "dialogue", "text", "source"), ("summ
 
 
 @dataclass
-class PairArguments(DataArguments):
+class PairArguments(common.DataArguments):
     source_lang: str | None = option(None, "Translate from this language: 'en', in columns or a 'translation' column.")
     target_lang: str | None = option(None, "Translate to this language: 'fr'.")
     source_column_name: str | None = option(None, "Column of texts to read.")
@@ -49,7 +49,7 @@ class GenerationTrainingArguments(DKDSeq2SeqTrainingArguments):
     save_total_limit: int = 1
 
 
-ARGUMENTS = (PairArguments, StudentArguments, GenerationTrainingArguments)
+ARGUMENTS = (PairArguments, common.StudentArguments, GenerationTrainingArguments)
 
 
 def load_pairs(data: PairArguments) -> DatasetDict:
@@ -58,12 +58,12 @@ def load_pairs(data: PairArguments) -> DatasetDict:
         data.dataset_name, data.dataset_config_name = "Helsinki-NLP/opus_books", "en-fr"
         data.source_lang, data.target_lang, data.source_prefix = "en", "fr", "translate English to French: "
     # A column of {"en": …, "fr": …} becomes the columns translation.en and translation.fr.
-    splits = load_splits(data).flatten()
-    columns = {}
-    for kind, lang, usual in (("source", data.source_lang, SOURCES), ("target", data.target_lang, TARGETS)):
-        names = usual if lang is None else (f"translation.{lang}", lang)
-        columns[column(splits, getattr(data, f"{kind}_column_name"), names, f"{kind}_column_name")] = kind
-    return splits.select_columns(list(columns)).rename_columns(columns)
+    splits = common.load_splits(data).flatten()
+    usual = {"source": SOURCES, "target": TARGETS}
+    for name, lang in (("source", data.source_lang), ("target", data.target_lang)):
+        if lang is not None:
+            usual[name] = (f"translation.{lang}", lang)
+    return common.select_columns(splits, data, usual)
 
 
 def decode(tokenizer: Any, ids: Any) -> list[str]:
@@ -71,7 +71,9 @@ def decode(tokenizer: Any, ids: Any) -> list[str]:
     return [text.strip() for text in tokenizer.batch_decode(np.where(ids < 0, tokenizer.pad_token_id, ids), True)]
 
 
-def build(data: PairArguments, student: StudentArguments, args: GenerationTrainingArguments) -> tuple[Any, DatasetDict]:
+def build(
+    data: PairArguments, student: common.StudentArguments, args: GenerationTrainingArguments
+) -> tuple[Any, DatasetDict]:
     set_seed(args.seed)
     if not (student.student_model_name_or_path or student.student_model_type or args.teacher_model_name_or_path):
         student.student_model_name_or_path = "google-t5/t5-small"
@@ -79,9 +81,7 @@ def build(data: PairArguments, student: StudentArguments, args: GenerationTraini
     args.generation_max_length = args.generation_max_length or data.max_target_length
     teacher = args.teacher_model_name_or_path
     splits = load_pairs(data)
-    tokenizer = load_tokenizer(student.student_model_name_or_path or teacher, "student")
-    if teacher and load_tokenizer(teacher, "teacher").get_vocab() != tokenizer.get_vocab():
-        fail(f"the teacher {teacher!r} has another tokenizer than the student: take two models of one family.")
+    tokenizer = common.load_shared_tokenizer(student.student_model_name_or_path, teacher)
 
     def tokenize(rows: dict[str, list]) -> dict[str, list]:
         sources = [data.source_prefix + (text or "") for text in rows["source"]]
@@ -97,10 +97,9 @@ def build(data: PairArguments, student: StudentArguments, args: GenerationTraini
         }
         return SacreBLEU().compute(**texts) | Rouge().compute(**texts)
 
-    with args.main_process_first(desc="tokenizing"):
-        splits = splits.map(tokenize, batched=True, remove_columns=splits["train"].column_names, desc="Tokenizing")
-    model = load_student(AutoModelForSeq2SeqLM, student, teacher)
-    with loading("teacher", teacher):
+    splits = common.tokenized(splits, args, tokenize)
+    model = common.load_student(AutoModelForSeq2SeqLM, student, teacher)
+    with common.loading("teacher", teacher):
         trainer = DKDSeq2SeqTrainer(
             model=model,
             args=args,
@@ -117,7 +116,7 @@ def main() -> None:
     data, student, args, settings = parse(*ARGUMENTS)
     trainer, splits = build(data, student, args)
     tokenizer = trainer.processing_class
-    run(
+    common.run(
         trainer,
         splits,
         settings,

@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from digits import DigitsArguments, fit, load_splits, summarise, table, vit
-from options import fail, option
+from common import fail, option
+from digits import METRICS, DigitsArguments, fit, load_splits, vit
 from tqdm.auto import tqdm
 from transformers import EvalPrediction, HfArgumentParser, default_data_collator, set_seed
 from transformers.utils.logging import set_verbosity_error
 
 from hf_dkd import DataCollatorForMixup
+from hf_dkd.reporting import summarise_runs, summary_table
 
 Examples = list[dict[str, Any]]
 MULTI_LABEL = {"num_labels": 4, "problem_type": "multi_label_classification"}
@@ -131,9 +132,10 @@ def main() -> None:
             progress.update()
     progress.close()
     if trainer.is_world_process_zero():
-        rows = {name: summarise(results) for name, results in runs.items()}
+        rows = {name: summarise_runs(results, METRICS) for name, results in runs.items()}
         Path(args.output_dir, "results.json").write_text(json.dumps({"table": rows, "runs": runs}, indent=2))
-        print(f"\nTeachers: {100 * accuracy:.2f}, of the four labels {100 * accuracy_of_properties:.2f}\n{table(rows)}")
+        print(f"\nTeachers: {100 * accuracy:.2f}, of the four labels {100 * accuracy_of_properties:.2f}")
+        print(summary_table(rows, METRICS))
         print(f"\nMean ± standard deviation over {args.seeds} seeds, {len(test)} test images.")
         print("These digits are easy and the test set is small: differences of a few tenths are noise, not a ranking.")
     trainer.accelerator.end_training()

@@ -16,20 +16,20 @@ in its own size and normalisation. Views do not change with `--dataloader_num_wo
 from dataclasses import dataclass, field
 from typing import Any
 
-from common import DataArguments, StudentArguments, column, load_splits, load_student, loading, run, with_class_labels
+import common
+from common import fail, option, parse
 from datasets import DatasetDict, Image
-from images import AugmentationArguments, AugmentedImages, CountEpochs, ImageCollator, load_processor
-from options import fail, option, parse
 from transformers import AutoConfig, AutoModelForImageClassification, set_seed
 
 from hf_dkd import DataCollatorForMixup, DataCollatorWithTeacherInputs, DKDTrainer, DKDTrainingArguments
+from hf_dkd.images import AugmentationArguments, AugmentedImages, CountEpochs, ImageCollator, load_processor
 from hf_dkd.metrics import classification_metrics
 
 STUDENT, TEACHER = "WinKawaks/vit-tiny-patch16-224", "pkr7098/cifar100-vit-base-patch16-224-in21k"
 
 
 @dataclass
-class ImageArguments(AugmentationArguments, DataArguments):
+class ImageArguments(AugmentationArguments, common.DataArguments):
     dataset_name: str | None = option("uoft-cs/cifar100", "Hub id, or a folder of images or parquet files.")
     image_column_name: str | None = option(None, "Column of images.")
     label_column_name: str | None = option(None, "Column of labels.")
@@ -57,15 +57,15 @@ class ImageTrainingArguments(DKDTrainingArguments):
     remove_unused_columns: bool = False  # the collator makes pixel_values from images
 
 
-ARGUMENTS = (ImageArguments, StudentArguments, ImageTrainingArguments)
+ARGUMENTS = (ImageArguments, common.StudentArguments, ImageTrainingArguments)
 
 
 def load_images(data: ImageArguments) -> tuple[DatasetDict, list[str]]:
     """Splits of columns image (RGB) and labels, and the names of the classes."""
-    splits = load_splits(data)
-    image = column(splits, data.image_column_name, ("image", "img"), "image_column_name")
-    label = column(splits, data.label_column_name, ("label", "labels", "fine_label"), "label_column_name")
-    splits, names = with_class_labels(splits, label)
+    splits = common.load_splits(data)
+    image = common.column(splits, data.image_column_name, ("image", "img"), "image_column_name")
+    label = common.column(splits, data.label_column_name, ("label", "labels", "fine_label"), "label_column_name")
+    splits, names = common.with_class_labels(splits, label)
     try:
         splits = splits.cast_column(image, Image(mode="RGB"))
         splits["train"][:1]
@@ -74,14 +74,16 @@ def load_images(data: ImageArguments) -> tuple[DatasetDict, list[str]]:
     return splits.select_columns([image, label]).rename_columns({image: "image", label: "labels"}), names
 
 
-def build(data: ImageArguments, student: StudentArguments, args: ImageTrainingArguments) -> tuple[Any, DatasetDict]:
+def build(
+    data: ImageArguments, student: common.StudentArguments, args: ImageTrainingArguments
+) -> tuple[Any, DatasetDict]:
     if not (student.student_model_name_or_path or student.student_model_type or student.student_layers):
         student.student_model_name_or_path = STUDENT
         args.teacher_model_name_or_path = args.teacher_model_name_or_path or TEACHER
     teacher, revision = args.teacher_model_name_or_path, args.teacher_model_revision
     splits, names = load_images(data)
     set_seed(args.seed)  # for the weights that no checkpoint holds
-    model = load_student(AutoModelForImageClassification, student, teacher, names)
+    model = common.load_student(AutoModelForImageClassification, student, teacher, names)
     path = student.student_model_name_or_path or (teacher if student.student_layers else None)
     processor = load_processor(
         None if student.student_config_overrides else path,
@@ -91,7 +93,7 @@ def build(data: ImageArguments, student: StudentArguments, args: ImageTrainingAr
         image_std=data.image_std,
     )
     collator: Any = ImageCollator(processor)
-    with loading("teacher", teacher):
+    with common.loading("teacher", teacher):
         if teacher is not None:
             config = AutoConfig.from_pretrained(teacher, revision=revision)
             teacher_processor = load_processor(teacher, config, revision)
@@ -116,7 +118,7 @@ def build(data: ImageArguments, student: StudentArguments, args: ImageTrainingAr
 def main() -> None:
     data, student, args, settings = parse(*ARGUMENTS)
     trainer, splits = build(data, student, args)
-    run(
+    common.run(
         trainer,
         splits,
         settings,

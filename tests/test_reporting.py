@@ -5,7 +5,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from hf_dkd import DKDArgumentsMixin
-from hf_dkd.reporting import add_to_model_card, distillation_section, plot_curves
+from hf_dkd.reporting import add_to_model_card, distillation_section, plot_curves, summarise_runs, summary_table
 
 TERMS = {"loss": 1.25, "ce": 0.5, "tckd": 0.03125, "nckd": 0.123456, "dkd": 0.75, "teacher_agreement": 0.875}
 HISTORY = [
@@ -121,3 +121,30 @@ def test_each_panel_draws_the_methods_that_have_its_term(tmp_path: Path, monkeyp
     assert curves[2] == [[TERMS["nckd"]] * 3] * 3
     assert [line.get_color() for line in ce.get_lines()] == ["C0"] * 3 + ["C1"] * 2
     assert list(tckd.get_lines()[0].get_xdata()) == [1, 2, 3]
+
+
+RUNS = [
+    {"parameters": 5018, "seconds": 1.0, "eval_accuracy": 0.9, "eval_loss": 0.4},
+    {"parameters": 5018, "seconds": 2.0, "eval_accuracy": 0.94, "eval_loss": 0.2},
+]
+TITLES = {"accuracy": "test accuracy %", "teacher_agreement": "agreement %"}
+
+
+def test_runs_come_to_means_and_spreads() -> None:
+    row = summarise_runs(RUNS, TITLES)
+    spread = pytest.approx(4 / 2**0.5)
+    assert row == {"parameters": 5018, "seconds": 1.5, "accuracy": pytest.approx(92), "accuracy_spread": spread}
+    taught = summarise_runs([RUNS[0] | {"eval_teacher_agreement": 0.5}], TITLES)
+    assert taught == {"parameters": 5018, "seconds": 1.0, "accuracy": 90, "teacher_agreement": 50}
+    with pytest.raises(ValueError, match="no runs to summarise"):
+        summarise_runs([], TITLES)
+
+
+def test_the_summary_has_a_column_for_each_metric() -> None:
+    rows = {"teacher": {"parameters": 136138, "seconds": 4.54, "accuracy": 96.768}, "DKD": summarise_runs(RUNS, TITLES)}
+    assert summary_table(rows, TITLES).splitlines() == [
+        "                test accuracy %    agreement %  parameters  seconds",
+        "teacher                   96.77                    136,138      4.5",
+        "DKD                92.00 ± 2.83                      5,018      1.5",
+    ]
+    assert summary_table(rows, {}).splitlines()[1] == "teacher            136,138      4.5"

@@ -5,10 +5,12 @@ from typing import Any
 import pytest
 import torch
 import transformers as tf
+from peft import LoraConfig, PeftModel
 from torch import Tensor, nn
 
+from hf_dkd import Teacher
 from hf_dkd.rows import logits_of
-from hf_dkd.student import keep_layers
+from hf_dkd.student import add_adapter, change_config, keep_layers
 
 from .models import ARCHITECTURES
 
@@ -137,3 +139,47 @@ def test_names_that_follow_from_the_number_of_layers_are_made_anew(tmp_path: Pat
     config = tf.BeitConfig(**vision, num_hidden_layers=4, num_attention_heads=2)
     keep_layers(tf.BeitForImageClassification(config), [0, 3]).save_pretrained(tmp_path)
     assert tf.BeitForImageClassification.from_pretrained(tmp_path).config.num_hidden_layers == 2
+
+
+def test_a_changed_config_derives_what_follows_and_leaves_the_first_alone() -> None:
+    config = tf.ResNetConfig(depths=[1, 1, 1, 1], hidden_sizes=[8, 8, 8, 8], num_labels=5)
+    changed: Any = change_config(config, {"depths": [2, 1], "hidden_sizes": [4, 6]})
+    assert (changed.depths, changed.hidden_sizes, changed.num_labels) == ([2, 1], [4, 6], 5)
+    assert changed.stage_names == ["stem", "stage1", "stage2"]
+    assert config.depths == [1, 1, 1, 1]
+    assert tf.ResNetForImageClassification(changed)(torch.zeros(1, 3, 32, 32)).logits.shape == (1, 5)
+
+
+def test_settings_that_the_config_does_not_have_are_refused() -> None:
+    with pytest.raises(ValueError, match="ViTConfig has no hidden_sise, deep to change"):
+        change_config(tf.ViTConfig(), {"hidden_sise": 8, "deep": True, "patch_size": 4})
+
+
+LORA = LoraConfig(r=2, target_modules=["query", "value"], modules_to_save=["classifier"], init_lora_weights=False)
+
+
+def test_an_adapter_is_all_that_is_trained_and_saved_beside_one_that_teaches(tmp_path: Path) -> None:
+    batch = ARCHITECTURES["bert"].batch()
+    torch.manual_seed(1)
+    taught = add_adapter(deep("bert"), LORA)
+    assert {name for name, p in taught.named_parameters() if not p.requires_grad} >= {
+        name for name, _ in taught.named_parameters() if "base_layer" in name
+    }
+    taught.eval().save_pretrained(tmp_path / "expert")
+
+    student = add_adapter(deep("bert"), LORA, tmp_path / "expert").eval()
+    assert student.active_adapter == "default"
+    trained = {name for name, parameter in student.named_parameters() if parameter.requires_grad}
+    assert trained == {name for name, _ in student.named_parameters() if ".default." in name}
+    assert torch.equal(Teacher.from_adapter(student, "teacher").logits(batch), logits(taught, batch))
+
+    student.save_pretrained(tmp_path / "student")
+    assert [path.parent.name for path in tmp_path.glob("student/**/adapter_model.safetensors")] == ["student"]
+    loaded = PeftModel.from_pretrained(deep("bert"), tmp_path / "student").eval()
+    assert torch.equal(logits(loaded, batch), logits(student, batch))
+    assert not torch.equal(logits(student, batch), logits(taught, batch))
+
+
+def test_a_folder_without_an_adapter_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="Can't find 'adapter_config"):
+        add_adapter(deep("bert"), LORA, tmp_path)

@@ -1,7 +1,7 @@
 """`evaluate` modules that load without a network: `Accuracy().compute(predictions=…, references=…)`.
 
 Each file also loads by its path, `evaluate.load("…/hf_dkd/metrics/accuracy.py")`. They need `pip install
-"hf-dkd[metrics]"` and are imported by nothing else in the package.
+"hf-dkd[metrics]"` and, but for `hf_dkd.figures`, are imported by nothing else in the package.
 """
 
 from .accuracy import Accuracy
@@ -11,6 +11,7 @@ from .entity_f1 import EntityF1
 from .f1 import F1
 from .language import TOKEN_SCORES, language_metrics, token_scores
 from .matthews import MatthewsCorrelation
+from .predictions import class_columns, metric_of_predictions, score_columns, tag_columns
 from .rouge import Rouge
 from .sacrebleu import SacreBLEU
 from .tagging import tag_lists, tagging_metrics
@@ -30,9 +31,13 @@ __all__ = [
     "TeacherAgreement",
     "TeacherKL",
     "TopKAccuracy",
+    "class_columns",
     "classification_metrics",
     "language_metrics",
+    "metric_of_predictions",
     "reliability",
+    "score_columns",
+    "tag_columns",
     "tag_lists",
     "tagging_metrics",
     "token_scores",

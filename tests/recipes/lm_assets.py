@@ -40,6 +40,11 @@ def tiny_tokenizer(words: Iterable[str] = (*WORDS, *ROMANCE), template: str = "$
     )
 
 
+def words_of(ids: list[int], tokenizer: PreTrainedTokenizerFast) -> str:
+    """The words of token ids, "." for -100."""
+    return " ".join("." if index == -100 else tokenizer.convert_ids_to_tokens(index) for index in ids)
+
+
 def save_tiny(
     folder: Path, model_class: type[PreTrainedModel], seed: int = 0, template: str = "$A", **config: Any
 ) -> Path:

@@ -142,13 +142,6 @@ def test_two_processes_train_and_evaluate_on_numbered_tags(data: dict[str, Any],
     assert tags_by(tmp_path / "student") == predictions
 
 
-def test_the_first_subword_of_a_word_has_its_tag() -> None:
-    subword_labels = recipe("bert_token_classification").subword_labels
-    words, tags = [None, 0, 0, 1, 2, 2, 2, 4, None], [1, 2, 0, 3, 0]  # the fourth word has no subword
-    assert subword_labels(words, tags, later=[-100] * 4) == [-100, 1, -100, 2, 0, -100, -100, 0, -100]
-    assert subword_labels(words, tags, later=[0, 2, 2, 3]) == [-100, 1, 2, 2, 0, 0, 0, 0, -100]
-
-
 def test_all_subwords_are_labelled_for_training_alone(data: dict[str, Any], base: Path, tmp_path: Path) -> None:
     settings = data | {"student_model_name_or_path": base, "output_dir": tmp_path, "label_all_subwords": True}
     trainer, splits = built("bert_token_classification", **settings)

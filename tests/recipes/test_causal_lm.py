@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel, L
 
 from . import launching
 from .launching import kill_after_checkpoint, launch, recipe, run_here, weights
-from .lm_assets import LLAMA, WORDS, counting, save_tiny, tiny_tokenizer, write_json, write_lines
+from .lm_assets import LLAMA, WORDS, counting, save_tiny, tiny_tokenizer, words_of, write_json, write_lines
 
 RECIPE = "causal_lm.py"
 BLOCK = 32
@@ -228,42 +228,20 @@ def test_weights_of_half_precision_train_in_single(text: dict[str, Any], folder:
     assert {parameter.dtype for parameter in trainer.model.parameters()} == {torch.float32}
 
 
-def encoded(rows: dict[str, list], ending: str = "", with_bos: bool = False, **options: Any) -> list[tuple[str, str]]:
-    """What `encode` makes of rows: the words of each example and of its labels, '.' where there is none."""
-    causal_lm, tokenizer = recipe("causal_lm"), tiny_tokenizer(template="<s> $A" if with_bos else "$A")
-    data = causal_lm.LanguageDataArguments(**options)
-    examples = causal_lm.encode(rows, tokenizer, data, ending)
-
-    def words(ids: list[int]) -> str:
-        return " ".join("." if index == -100 else tokenizer.convert_ids_to_tokens(index) for index in ids)
-
+@pytest.mark.parametrize(
+    ("rows", "options", "expected"),
+    [
+        ({"text": ["one two", "three"]}, {"block_size": 2}, [("one two",) * 2, ("</s> three",) * 2]),
+        ({"text": ["one two", "three"]}, {"packing": False}, [("one two </s>",) * 2, ("three </s>",) * 2]),
+        ({"prompt": ["one"], "completion": ["two three"]}, {"block_size": 3}, [("two three </s>",) * 2]),
+        ({"prompt": ["one"], "completion": ["two three"]}, {}, [("one two three </s>", ". two three </s>")]),
+    ],
+)
+def test_texts_are_packed_and_prompts_masked(rows: Any, options: Any, expected: list[tuple[str, str]]) -> None:
+    causal_lm, tokenizer = recipe("causal_lm"), tiny_tokenizer()
+    examples = causal_lm.encode(rows, tokenizer, causal_lm.CorpusArguments(**options), ending="</s>")
     pairs = zip(examples["input_ids"], examples["labels"], strict=True)
-    return [(words(ids), words(labels)) for ids, labels in pairs]
-
-
-def test_packing_joins_texts_and_leaves_no_block_of_one_token() -> None:
-    rows = {"text": ["one two", "", None, "three four five"]}
-    assert encoded(rows, block_size=2) == [("one two", "one two"), ("three four", "three four")]
-    expected = [("one two </s>", "one two </s>"), ("</s> </s> three",) * 2, ("four five </s>",) * 2]
-    assert encoded(rows, "</s>", block_size=3, with_bos=True) == expected
-
-
-def test_texts_that_are_not_packed_stand_alone() -> None:
-    rows = {"text": ["one two three", "", "four"]}
-    assert encoded(rows, block_size=2, packing=False) == [("one two",) * 2]
-    found = encoded(rows, "</s>", with_bos=True, packing=False)
-    labels = ["one two three </s>", "</s>", "four </s>"]
-    assert found == [(f"<s> {words}", f". {words}") for words in labels]
-
-
-def test_prompts_are_masked_and_give_way_to_the_completion() -> None:
-    rows = {"prompt": ["one two three", "four"], "completion": ["five", "six seven eight nine"]}
-    assert encoded(rows, "</s>", with_bos=True) == [
-        ("<s> one two three five </s>", ". . . . five </s>"),
-        ("<s> four six seven eight nine </s>", ". . six seven eight nine </s>"),
-    ]
-    expected = [("two three five </s>", ". . five </s>"), ("six seven eight nine", "six seven eight nine")]
-    assert encoded(rows, "</s>", block_size=4) == expected
+    assert [(words_of(ids, tokenizer), words_of(labels, tokenizer)) for ids, labels in pairs] == expected
 
 
 def test_with_no_option_it_distils_hub_models(monkeypatch: Any, tmp_path: Path) -> None:

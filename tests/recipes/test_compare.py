@@ -1,7 +1,6 @@
 """Comparing methods with a recipe: the table against the predictions, equal conditions, going on, and tuning."""
 
 import json
-import math
 import subprocess
 import sys
 from pathlib import Path
@@ -98,29 +97,24 @@ def test_tuning_gives_every_method_as_many_trials_and_leaves_the_test_split(
     assert all(1e-4 <= rate <= 1e-2 for rate in rates["dkd"])
 
 
-def test_an_unknown_method_gets_one_line(text_data: dict[str, Any], tmp_path: Path) -> None:
-    done = compare(text_data, tmp_path, tmp_path, "--methods", "dkt")
-    assert "--methods dkt: expected cross-entropy, kd, dkd" in done.stderr
-    assert "Traceback" not in done.stderr
+def test_an_unknown_method_or_tuning_gets_one_line(text_data: dict[str, Any], tmp_path: Path) -> None:
+    tuning = tmp_path / "tuning.yaml"
+    tuning.write_text("dkd: {dkd_beta: 2.0}")
+    for options, message in (
+        (("--methods", "dkt"), "--methods dkt: expected cross-entropy, kd, dkd"),
+        (("--methods", "dkd", "--trials", 1, "--tuning", tuning), f"--tuning {tuning}: dkd_beta draws from 2.0"),
+    ):
+        done = compare(text_data, tmp_path, tmp_path, *options)
+        assert message in done.stderr
+        assert "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize(
-    ("metric", "columns", "expected"),
-    [
-        ("accuracy", {"label": [0, 1, 2, 1], "prediction": [0, 1, 1, 1]}, 0.75),
-        ("matthews_correlation", {"label": [0, 1, 0, 1], "prediction": [0, 1, 0, 0]}, 1 / 3**0.5),
-        ("f1", {"label": [["B-x", "O"], ["B-y"]], "prediction": [["B-x", "O"], ["B-x"]]}, 0.5),
-        ("bleu", {"reference": ["a b c d e"], "prediction": ["a b c d e"]}, 100.0),
-        ("rougeL", {"reference": ["a b c d"], "prediction": ["a c"]}, 2 / 3),
-        ("perplexity", {"negative_log_likelihood": [6.0, 1.0], "tokens": [3.0, 1.0]}, math.exp(7 / 4)),
-    ],
-)
-def test_every_primary_metric_is_counted_anew(metric: str, columns: dict, expected: float, tmp_path: Path) -> None:
-    Dataset.from_dict(columns).to_parquet(tmp_path / "predictions.parquet")
-    results = {"primary_metric": metric, "metrics": {"validation": {metric: 0.0}, "test": {metric: expected}}}
+def test_a_score_is_checked_against_the_predictions(tmp_path: Path) -> None:
+    Dataset.from_dict({"label": [0, 1, 2, 1], "prediction": [0, 1, 1, 1]}).to_parquet(tmp_path / "predictions.parquet")
+    results = {"primary_metric": "accuracy", "metrics": {"validation": {"accuracy": 0.0}, "test": {"accuracy": 0.75}}}
     score = recipe("compare").score
-    assert score(results, tmp_path, "test") == pytest.approx(expected)
+    assert score(results, tmp_path, "test") == 0.75
     assert score(results, tmp_path, "validation") == 0.0
-    results["metrics"]["test"][metric] += 1e-3
+    results["metrics"]["test"]["accuracy"] += 1e-3
     with pytest.raises(SystemExit, match="the files do not match"):
         score(results, tmp_path, "test")

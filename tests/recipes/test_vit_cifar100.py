@@ -10,11 +10,10 @@ import pytest
 import torch
 from datasets import load_dataset
 from PIL import Image
-from torch.utils.data import DataLoader
 from transformers import AutoModelForImageClassification
 from transformers.models.auto.image_processing_auto import AutoImageProcessor  # 5.17 asks for torchvision otherwise
 
-from .image_assets import digits, save_folder, save_parquet
+from .image_assets import save_folder, save_parquet
 from .launching import RECIPES, built, complaint, kill_after_checkpoint, launch, weights
 
 RECIPE = "vit_cifar100.py"
@@ -165,7 +164,7 @@ def test_every_epoch_has_its_own_views(recipe: Any, parquet: dict[str, Any], tmp
         str(tmp_path), num_train_epochs=3, per_device_train_batch_size=10, eval_strategy="no", save_strategy="no",
         report_to="none", use_cpu=True, disable_tqdm=True,
     )  # fmt: skip
-    trainer, splits = recipe.build(data, recipe.StudentArguments(**VIT), args)
+    trainer, splits = recipe.build(data, recipe.common.StudentArguments(**VIT), args)
     seen: list[torch.Tensor] = []
     trainer.model.register_forward_pre_hook(
         lambda model, inputs, named: seen.append(named["pixel_values"]), with_kwargs=True
@@ -178,64 +177,6 @@ def test_every_epoch_has_its_own_views(recipe: Any, parquet: dict[str, Any], tmp
     trainer.evaluate()
     plain = trainer.data_collator([splits["validation"][row] for row in range(len(seen[9]))])["pixel_values"]
     torch.testing.assert_close(seen[9], plain)
-
-
-@pytest.fixture
-def images(monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.syspath_prepend(RECIPES)
-    return importlib.import_module("images")
-
-
-def test_views_depend_on_seed_epoch_and_index_alone(images: Any) -> None:
-    rows = [{"image": image.convert("RGB"), "labels": label} for image, label in zip(*digits("test"), strict=True)][:12]
-
-    def views(data: Any) -> list[bytes]:
-        return [data[index]["image"].tobytes() for index in range(len(data))]
-
-    data = images.AugmentedImages(rows, images.AugmentationArguments(), seed=3)
-    state = torch.get_rng_state()
-    first = views(data)
-    assert torch.equal(torch.get_rng_state(), state), "dropout would change with the augmentation"
-    assert views(data) == first
-    assert [row["labels"] for row in data] == [row["labels"] for row in rows]
-
-    workers = DataLoader(data, batch_size=4, num_workers=2, persistent_workers=True, collate_fn=list)
-    assert [row["image"].tobytes() for batch in workers for row in batch] == first
-    data.epoch.fill_(1)
-    second = [row["image"].tobytes() for batch in workers for row in batch]
-    assert second == views(data)
-    assert sum(a != b for a, b in zip(first, second, strict=True)) >= 10
-    other = images.AugmentedImages(rows, images.AugmentationArguments(), seed=4)
-    assert sum(a != b for a, b in zip(first, views(other), strict=True)) >= 10
-
-
-def test_each_part_of_the_augmentation_can_be_switched_off(images: Any) -> None:
-    image = digits("test")[0][0].convert("RGB")
-    pixels = np.asarray(image)
-    off = {"random_crop_padding": 0.0, "horizontal_flip": False, "rand_augment_layers": 0}
-
-    def seen(**options: Any) -> list[np.ndarray]:
-        arguments = images.AugmentationArguments(**off | options)
-        return [np.asarray(images.augment(image, arguments)) for _ in range(60)]
-
-    assert all(np.array_equal(view, pixels) for view in seen())
-    flipped = [np.array_equal(view, pixels[:, ::-1]) for view in seen(horizontal_flip=True)]
-    assert 15 < sum(flipped) < 45
-    bordered = np.pad(pixels, ((1, 1), (1, 1), (0, 0)))
-    windows = {bordered[y : y + 8, x : x + 8].tobytes() for y in range(3) for x in range(3)}
-    assert {view.tobytes() for view in seen(random_crop_padding=0.125)} == windows
-    assert len({view.tobytes() for view in seen(rand_augment_layers=2)}) > 20
-    weak, strong = (
-        np.mean([np.abs(view.astype(float) - pixels) for view in seen(rand_augment_layers=1, rand_augment_magnitude=m)])
-        for m in (3, 30)
-    )
-    assert strong > 1.5 * weak
-
-
-def test_torchvision_augments_where_it_is_installed(images: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    image = digits("test")[0][0].convert("RGB")
-    monkeypatch.setattr(images, "RandAugment", lambda layers, magnitude: lambda view: (view, layers, magnitude))
-    assert images.rand_augment(image, 3, 7) == (image, 3, 7)
 
 
 def test_mixed_images_are_the_same_for_teacher_and_student(

@@ -1,10 +1,7 @@
-"""The options of a recipe, from the command line or a file, and errors of one line."""
+"""The options of a script: from the command line, and from a YAML or JSON file that it names with `--config`."""
 
 import difflib
-import os
-import sys
 from collections.abc import Callable
-from dataclasses import field
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -12,19 +9,20 @@ import yaml
 from transformers import HfArgumentParser
 
 
-def option(default: Any, text: str, **metadata: Any) -> Any:
-    """A field of a dataclass of options, with its help."""
-    return field(default=default, metadata={"help": text, **metadata})
-
-
-def fail(message: str) -> NoReturn:
-    """Stop with one line, printed by one process."""
-    first = os.environ.get("LOCAL_RANK", "0") == "0"
-    raise SystemExit(f"{Path(sys.argv[0]).name}: error: {message}" if first else 2)
-
-
 def parse(*dataclasses: Any) -> tuple[Any, ...]:
-    """The dataclasses filled from the command line and the `--config` file, then a dict of what is not a default."""
+    """Fill dataclasses of options, as `HfArgumentParser` does, from `sys.argv` and the file of its option `--config`.
+
+    The command line wins over the file. Whatever is wrong ends the script with a usage line and one that says why.
+
+    Args:
+        dataclasses: the classes, one of which has a field `config`, the path of the file, None by default.
+
+    Returns:
+        An instance of each, then a dict of the options that are not at their default, which repeat the run as a file.
+
+    Raises:
+        SystemExit: for options that do not exist, values that do not fit, and a file that cannot be read.
+    """
     parser = HfArgumentParser(dataclasses, usage="%(prog)s [--config FILE] [--OPTION VALUE …]; --help lists them")
     defaults = vars(parser.parse_args([]))
     config = parser.parse_known_args()[0].config

@@ -1,14 +1,16 @@
-"""Images of a recipe: random views (shift, mirror, RandAugment; torchvision's if there), and pixels for a model."""
+"""Images for training: random views (shift, mirror, RandAugment; torchvision's if there), and pixels for a model.
+
+They need Pillow (`pip install "hf-dkd[recipes]"`) and are imported by nothing else in the package.
+"""
 
 import importlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from accelerate.logging import get_logger
 from datasets import Dataset
-from options import option
 from PIL import ImageEnhance, ImageOps
 from PIL.Image import Image, Transform, Transpose
 from transformers import TrainerCallback, ViTImageProcessorPil
@@ -26,14 +28,26 @@ if is_torchvision_available():
 
 @dataclass
 class AugmentationArguments:
-    """How training images vary; evaluation sees them as they are."""
+    """How training images vary; evaluation sees them as they are. Made for `HfArgumentParser`.
 
-    random_crop_padding: float = option(0.125, "Random crop of an image with a black border of this share of a side.")
-    horizontal_flip: bool = option(True, "Mirror every other image.")
-    rand_augment_layers: int = option(2, "Operations of RandAugment on each image; 0 switches it off.")
-    rand_augment_magnitude: int = option(9, "Their strength, 0 to 30.")
-    mixup_alpha: float = option(0.0, "Mix images two by two, with shares from Beta(alpha, alpha); 0 switches it off.")
-    cutmix_alpha: float = option(0.0, "The same for CutMix. With both, each batch takes one of them.")
+    Raises:
+        ValueError: for a number outside its range.
+    """
+
+    random_crop_padding: float = field(
+        default=0.125, metadata={"help": "Random crop of an image with a black border of this share of a side."}
+    )
+    horizontal_flip: bool = field(default=True, metadata={"help": "Mirror every other image."})
+    rand_augment_layers: int = field(
+        default=2, metadata={"help": "Operations of RandAugment on each image; 0 switches it off."}
+    )
+    rand_augment_magnitude: int = field(default=9, metadata={"help": "Their strength, 0 to 30."})
+    mixup_alpha: float = field(
+        default=0.0, metadata={"help": "Mix images two by two, with shares from Beta(alpha, alpha); 0 switches it off."}
+    )
+    cutmix_alpha: float = field(
+        default=0.0, metadata={"help": "The same for CutMix. With both, each batch takes one of them."}
+    )
 
     def __post_init__(self) -> None:
         ranges = {"random_crop_padding": 1, "rand_augment_layers": 14, "rand_augment_magnitude": 30}
@@ -66,7 +80,13 @@ OPERATIONS: tuple[Callable[[Image, float], Image], ...] = (
 
 
 def rand_augment(image: Image, layers: int, magnitude: int) -> Image:
-    """RandAugment (Cubuk et al. 2020, arXiv 1909.13719): `layers` random operations of one strength, 0 to 30."""
+    """RandAugment (Cubuk et al. 2020, arXiv 1909.13719) of an RGB image, drawn from PyTorch's generator.
+
+    Args:
+        image: RGB.
+        layers: random operations, one after the other.
+        magnitude: their strength, 0 to 30.
+    """
     if layers and RandAugment is not None:
         return RandAugment(layers, magnitude)(image)
     for number in torch.randint(len(OPERATIONS), (layers,)).tolist():
@@ -119,7 +139,14 @@ class CountEpochs(TrainerCallback):
 
 
 def load_processor(path: str | None, config: Any, revision: str | None = None, **options: Any) -> Any:
-    """The image processor saved at `path`; where there is none, or options are given, one that resizes to a square."""
+    """The image processor saved at `path`; where there is none, or options are given, one that resizes to a square.
+
+    Args:
+        path: folder or Hub id; None for a model without a checkpoint.
+        config: of the model, whose `image_size` is taken where nothing else tells it, and 224 where it has none.
+        revision: of the Hub's files.
+        options: `image_size`, `image_mean`, `image_std` and others of the processor; None counts as not given.
+    """
     options = {name: value for name, value in options.items() if value is not None}
     saved = None
     if path is not None:
@@ -136,6 +163,12 @@ def load_processor(path: str | None, config: Any, revision: str | None = None, *
 
 @dataclass
 class ImageCollator:
+    """Batches of `pixel_values` and `labels` (B,) from rows of an `image` and an integer `labels`.
+
+    Args:
+        processor: an image processor of transformers, such as `load_processor` returns.
+    """
+
     processor: Any
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
