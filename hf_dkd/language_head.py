@@ -85,21 +85,30 @@ def first_tokens(batch: Mapping[str, Any]) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def tried(model: nn.Module, inputs: Mapping[str, Any], labels: Tensor | None = None) -> Trial:
+def tried(
+    model: nn.Module, inputs: Mapping[str, Any], labels: Tensor | None = None, half_precision: bool = False
+) -> Trial:
     """Run `model` once on `inputs`, a few tokens, in eval mode; training goes on as if it had not been.
 
     Args:
         labels: (B, L), where their logits stand, for a model whose `inputs` hold labels: its own loss is tried too.
+        half_precision: products are rounded, as under autocast, and equal to the digits of that.
     """
     head = language_head(model)
     seen: list[Tensor] = []
-    handle = None if head is None else head.layer.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+
+    def in_front(_: nn.Module, given: tuple[Tensor, ...]) -> None:
+        assert head is not None
+        with torch.autocast(given[0].device.type, enabled=False):
+            hidden = given[0].flatten(0, -2).to(head.layer.weight.dtype)
+            seen.append(head.weights().logits(hidden).view(*given[0].shape[:-1], -1))
+
+    handle = None if head is None else head.layer.register_forward_pre_hook(in_front)
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
         outputs = model(**inputs)
         logits = rows.logits_of(outputs, "model").float()
-        made = None if head is None or len(seen) != 1 else head.weights().logits(seen[0]).float()
     finally:
         if handle is not None:
             handle.remove()
@@ -110,12 +119,11 @@ def tried(model: nn.Module, inputs: Mapping[str, Any], labels: Tensor | None = N
         loss = outputs.get("loss") if isinstance(outputs, Mapping) else None
         if loss is None or not torch.allclose(loss.float(), expected, rtol=1e-4, atol=1e-5):
             return Trial(None, False, "its loss is not the cross-entropy of its logits")
-    if head is None or made is None:
+    if head is None or len(seen) != 1:
         return Trial(None, labels is not None, "its head is not one linear layer")
-    # Of half precision the model may round in another place.
-    tolerance = 0.02 if made.dtype != logits.dtype or head.layer.weight.dtype != torch.float32 else 1e-4
-    if made.shape != logits.shape or not torch.allclose(
-        made, logits, rtol=0, atol=tolerance * logits.abs().max().item()
-    ):
+    made = seen[0].float()
+    half_precision = half_precision or seen[0].dtype in (torch.float16, torch.bfloat16)
+    tolerance = (0.02 if half_precision else 1e-4) * logits.abs().max().item()
+    if made.shape != logits.shape or not torch.allclose(made, logits, rtol=0, atol=tolerance):
         return Trial(None, labels is not None, "its logits are not what its last layer makes of hidden states")
     return Trial(head, labels is not None)

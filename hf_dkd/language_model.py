@@ -57,12 +57,14 @@ class LanguageModelDistillation(DistillationSetup):
         if reason is not None:
             return Trial(None, False, reason)
         tokens = first_tokens(student_inputs)
-        trial = tried(model, tokens, rows.aligned_labels(self._known_head, tokens, self.label_names))
+        half_precision = self.accelerator.mixed_precision != "no"
+        trial = tried(model, tokens, rows.aligned_labels(self._known_head, tokens, self.label_names), half_precision)
         if trial.head is None:
             return trial
         reason = self._why_logits_are_needed()
         if reason is None:
-            of_teacher = self._the_teacher.trial(first_tokens(inputs))
+            with self._teacher_autocast():
+                of_teacher = self._the_teacher.trial(first_tokens(inputs), half_precision)
             self._head_of_teacher = of_teacher.head
             reason = f"of the teacher, {of_teacher.reason}" if of_teacher.head is None else None
         return trial if reason is None else Trial(None, trial.plain_loss, reason)

@@ -216,10 +216,10 @@ class Teacher:
             self.model(**self.inputs(batch))
         return taken[0]
 
-    def trial(self, batch: Mapping[str, Any]) -> Trial:
+    def trial(self, batch: Mapping[str, Any], half_precision: bool = False) -> Trial:
         """What a trial of the model on `batch`, a few tokens, shows of its head."""
         with self._acting():
-            return tried(self.model, self.inputs(batch))
+            return tried(self.model, self.inputs(batch), half_precision=half_precision)
 
     @contextmanager
     def _acting(self) -> Iterator[None]:

@@ -4,6 +4,8 @@ Zhao et al., *Decoupled Knowledge Distillation*, CVPR 2022 (arXiv 2203.08679). T
 fraction of the time and memory: see `row_pass` and `benchmarks/RESULTS.md`.
 """
 
+import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -132,7 +134,7 @@ class _RowLoss(torch.autograd.Function):
             terms = RowTerms(*found)
         else:
             if wanted:
-                gradient = student.detach() if overwrite else empty_like(student)
+                gradient = student.detach() if overwrite else empty(student.shape, student.dtype, student.device)
             options: dict[str, Any] = {"ignore_index": ignore_index, "scale": scale, "gradient": gradient}
             terms = row_pass(student.detach(), teacher, labels, weights, partition, **options)
         rows = weights.ce_weight * terms.ce + terms.dkd if weights.ce_weight else terms.dkd
@@ -167,12 +169,12 @@ def given_away(ctx: Any) -> Any:
     return gradient
 
 
-def empty_like(logits: Tensor) -> Tensor:
-    """Uninitialised memory for the gradient of `logits`."""
-    if logits.device.type != "cpu" or not logits.numel():
-        return torch.empty_like(logits, memory_format=torch.contiguous_format)
+def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Uninitialised memory."""
+    if device.type != "cpu" or not math.prod(shape):
+        return torch.empty(shape, dtype=dtype, device=device)
     # NumPy asks the kernel for huge pages, without which the first touch of so much memory takes as long as the rest.
-    return torch.from_numpy(np.empty(logits.numel() * logits.itemsize, np.uint8)).view(logits.dtype).view(logits.shape)
+    return torch.from_numpy(np.empty(math.prod(shape) * dtype.itemsize, np.uint8)).view(dtype).view(*shape)
 
 
 def share_of_rows(kept: Tensor, reduction: str, dtype: torch.dtype) -> Tensor | float:
@@ -213,7 +215,7 @@ def _row_pass_op(
 ) -> list[Tensor]:
     """`row_pass` as one opaque operator for `torch.compile`: the terms, and the gradient, empty where not wanted."""
     alpha, beta, temperature, ce_weight, classical = weights
-    gradient = empty_like(student if wanted else student[:0])
+    gradient = empty(student.shape if wanted else (0,), student.dtype, student.device)
     terms = row_pass(
         student,
         teacher,
@@ -238,7 +240,5 @@ def _(
 ) -> list[Tensor]:
     dtype = terms_dtype(student, teacher)
     kinds = [dtype] * 5 + [torch.bool, torch.uint8]
-    gradient = student if wanted else student[:0]
-    return [torch.empty_like(labels, dtype=kind) for kind in kinds] + [
-        torch.empty_like(gradient, memory_format=torch.contiguous_format)
-    ]
+    gradient = student.new_empty(student.shape if wanted else (0,))
+    return [torch.empty_like(labels, dtype=kind) for kind in kinds] + [gradient]

@@ -5,17 +5,18 @@ block of rows at a time, become the loss and its gradient (`row_pass`), and that
 and weight. Rows without a label are left out before any product.
 """
 
+import math
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .arithmetic import check_range, check_temperature, check_weight, checked_labels
-from .chunked import DKDOutput, given_away, raise_on_fault, reduced_output, share_of_rows
+from .chunked import DKDOutput, empty, given_away, raise_on_fault, reduced_output, share_of_rows
 from .row_pass import RowTerms, Weights, row_pass
 
-# The logits of one model's block. Larger blocks make the products no faster, smaller ones do slow them.
-_BLOCK_BYTES = {"cpu": 2**25, "cuda": 2**28}
+# Logits of one model in a block: fewer slow the products down, more take memory.
+_BLOCK_LOGITS = {"cpu": 12 * 2**20, "cuda": 2**27}
 
 
 class LinearHead(NamedTuple):
@@ -28,11 +29,13 @@ class LinearHead(NamedTuple):
     logit_scale: float = 1.0
     softcap: float | None = None
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """(N, d) → (N, C)."""
-        logits = torch.nn.functional.linear(hidden, self.weight, self.bias)
+    def logits(self, hidden: Tensor, memory: Tensor | None = None) -> Tensor:
+        """(N, d) → (N, C), in `memory` if there is some."""
+        logits = torch.mm(hidden, self.weight.t(), out=memory)
+        if self.bias is not None:
+            logits.add_(self.bias)
         if self.logit_scale != 1:
-            logits = logits.mul_(self.logit_scale)
+            logits.mul_(self.logit_scale)
         return logits if self.softcap is None else logits.div_(self.softcap).tanh_().mul_(self.softcap)
 
 
@@ -170,9 +173,11 @@ class _FusedLinear(torch.autograd.Function):
         kept = (labels != ignore_index).nonzero().squeeze(1)
         found = []
         with torch.autocast(hidden.device.type, enabled=False):
-            for rows in kept.split(_block_size(len(weight), dtypes[0], hidden.device.type)):
+            size = _block_size(len(kept), len(weight), hidden.device.type)
+            memory = [empty((size, len(half.weight)), half.weight.dtype, hidden.device) for half in (student, teacher)]
+            for rows in kept.split(size):
                 block = hidden[rows].to(dtypes[0]), teacher_hidden[rows].to(dtypes[1]), labels[rows]
-                found.append(_block(*block, student, teacher, weights, gradients, rows))
+                found.append(_block(*block, student, teacher, weights, gradients, rows, memory))
         terms = RowTerms(*(_at(rows, kept, labels) for rows in map(torch.cat, zip(*found, strict=True))))
         ctx.gradient, ctx.scale, ctx.dtype = gradients, scale, weight.dtype
         ctx.mark_non_differentiable(*terms)
@@ -197,9 +202,12 @@ def _block(
     weights: Weights,
     gradients: _Gradients,
     rows: Tensor,
+    memory: list[Tensor],
 ) -> RowTerms:
     """The terms of a block of rows (R,), whose gradients are added to `gradients`; those of hidden states at `rows`."""
-    logits, of_teacher = student.logits(hidden), teacher.logits(teacher_hidden)
+    number = len(rows)
+    logits = student.logits(hidden, memory[0][:number])
+    of_teacher = teacher.logits(teacher_hidden, memory[1][:number])
     shared = min(logits.shape[1], of_teacher.shape[1])
     wanted = any(gradient is not None for gradient in gradients)
     capped = logits.clone() if wanted and student.softcap is not None else None
@@ -241,7 +249,7 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
 
 def _zeros_like(weight: Tensor) -> Tensor:
     # In float32 at least: half precision would round away what each block adds.
-    return torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
+    return empty(weight.shape, torch.promote_types(weight.dtype, torch.float32), weight.device).zero_()
 
 
 def _product_dtype(hidden: Tensor) -> torch.dtype:
@@ -256,8 +264,10 @@ def _in_dtype(head: LinearHead, dtype: torch.dtype) -> LinearHead:
     return head._replace(weight=head.weight.detach().to(dtype), bias=bias)
 
 
-def _block_size(classes: int, dtype: torch.dtype, device: str) -> int:
-    return max(1, _BLOCK_BYTES.get(device, _BLOCK_BYTES["cuda"]) // (classes * dtype.itemsize))
+def _block_size(number: int, classes: int, device: str) -> int:
+    """Rows of a block, so that blocks are about as large as each other."""
+    most = max(1, _BLOCK_LOGITS.get(device, _BLOCK_LOGITS["cuda"]) // classes)
+    return max(1, math.ceil(number / math.ceil(max(number, 1) / most)))
 
 
 def _at(values: Tensor, kept: Tensor, labels: Tensor) -> Tensor:
