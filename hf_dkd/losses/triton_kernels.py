@@ -1,10 +1,10 @@
 """The loss of each row and its gradient in one pass over the logits, as Triton kernels for GPUs.
 
-The formulas are those of `decoupled.py` with the gradient derived by hand. One program computes one row. It reads
-both models' logits once, in blocks, and keeps for each lane (position in a block) running maxima and what was summed
-below them, so that nothing is reduced over the row before its end (online softmax: Milakov and Gimelshein 2018, arXiv
-1805.02867). The gradient is written block by block from the last to the first: the last block is still in registers,
-the ones before it are the likeliest to be in the cache. Rows of up to `ONE_BLOCK` classes never leave the registers.
+The formulas are those of `decoupled.py` with the gradient derived by hand. One program computes one row, in blocks
+whose classes are shared out to lanes, a few neighbours to each: the 16 bytes that a thread loads at once. A lane keeps
+its own maxima and what it summed below them, so that threads meet only at the row's end (online softmax: Milakov and
+Gimelshein 2018, arXiv 1805.02867). The gradient is then written from the last block, still in registers, to the first:
+what was read last is the likeliest to be in a cache. Rows of up to `ONE_BLOCK` classes are read once.
 
 Imports Triton, which hf_dkd does not require: import this module only where it is installed. With TRITON_INTERPRET=1
 in the environment the kernels run on a CPU, slowly.
@@ -19,11 +19,9 @@ import triton.language as tl
 from torch import Tensor
 
 ONE_BLOCK = 16384
-"""Rows of up to this many classes are one block: 16 logits of each model for each of 1,024 threads."""
+"""Rows of up to this many classes are one block."""
 BLOCK = 4096
-"""Classes in a block of longer rows: few enough that a thread's running terms stay in its registers."""
-SCALED_BLOCK = 4096
-
+"""The classes in a block of longer rows."""
 
 class RowTerms(NamedTuple):
     """What the pass finds for each row, (N,) each, float32; no gradient. Rows labelled ignore_index: 0, False."""
@@ -72,15 +70,16 @@ def row_pass(
     terms = torch.empty(4, N, dtype=torch.float32, device=device)
     flags = torch.empty(2, N, dtype=torch.uint8, device=device)
     strides = [0 if logits is None else logits.stride(0) for logits in (student, teacher, gradient)]
-    block = triton.next_power_of_2(C) if C <= ONE_BLOCK else BLOCK
+    per_lane = 16 // max(student.element_size(), teacher.element_size())
+    lanes, warps = _lanes_and_warps(C, per_lane)
     if N:
         # Triton launches on the current device, which need not be that of the logits.
         with torch.cuda.device_of(student):
             _row_kernel[(N,)](
                 student, teacher, labels, gradient, terms, flags, scale, N, *strides, float(alpha), float(beta),
-                float(temperature), float(ce_weight), ignore_index, C=C, BLOCK=block,
+                float(temperature), float(ce_weight), ignore_index, C=C, LANES=lanes, PER_LANE=per_lane,
                 ALIGNED=math.gcd(16, *strides), CLASSICAL=classical, WITH_CE=ce_weight != 0,
-                T_IS_1=temperature == 1, SCALE_ON_DEVICE=isinstance(scale, Tensor), num_warps=_warps(block, C),
+                T_IS_1=temperature == 1, SCALE_ON_DEVICE=isinstance(scale, Tensor), num_warps=warps,
             )  # fmt: skip
     agrees, fault = flags
     return RowTerms(*terms, agrees.view(torch.bool), fault)
@@ -89,88 +88,74 @@ def row_pass(
 def scale_gradient_(gradient: Tensor, factor: Tensor) -> None:
     """Multiply `gradient` (N, C) in place by `factor`, a 0-dim tensor on its device, which the host does not read.
 
-    Where the factor is 1, the usual one of a loss, no logit-sized memory is touched.
+    Where the factor is 1, as it usually is, the gradient's memory is not touched.
     """
-    N, C = gradient.shape
+    (N, C), stride = gradient.shape, gradient.stride(0)
     if N:
         with torch.cuda.device_of(gradient):
-            stride = gradient.stride(0)
-            _scale_kernel[(N, triton.cdiv(C, SCALED_BLOCK))](
-                gradient, factor, stride, C=C, BLOCK=min(triton.next_power_of_2(C), SCALED_BLOCK),
-                ALIGNED=math.gcd(16, stride),
-            )  # fmt: skip
+            block = min(triton.next_power_of_2(C), BLOCK)
+            _scale_kernel[(N, triton.cdiv(C, block))](
+                gradient, factor, stride, C=C, BLOCK=block, ALIGNED=math.gcd(16, stride)
+            )
 
 
-def _warps(block: int, C: int) -> int:
-    """Warps of 32 threads: 16 logits for a thread of a row in one block, 8 where running terms take room as well."""
-    return max(1, min(32, block // (512 if C <= block else 256)))
+def _lanes_and_warps(C: int, per_lane: int) -> tuple[int, int]:
+    """Lanes in a block, and warps of 32 threads: a thread has 16 classes of a row in one block, 8 of a longer one."""
+    block = triton.next_power_of_2(C) if C <= ONE_BLOCK else BLOCK
+    per_thread = 16 if C <= ONE_BLOCK else 8
+    return max(block // per_lane, 32), min(max(block // per_thread // 32, 1), 32)
 
 
 @triton.jit
 def _row_kernel(
     student, teacher, labels, gradient, terms, flags, scale, N, student_stride, teacher_stride, gradient_stride,
-    alpha, beta, T, ce_weight, ignore_index, C: tl.constexpr, BLOCK: tl.constexpr, ALIGNED: tl.constexpr,
-    CLASSICAL: tl.constexpr, WITH_CE: tl.constexpr, T_IS_1: tl.constexpr, SCALE_ON_DEVICE: tl.constexpr,
+    alpha, beta, T, ce_weight, ignore_index, C: tl.constexpr, LANES: tl.constexpr, PER_LANE: tl.constexpr,
+    ALIGNED: tl.constexpr, CLASSICAL: tl.constexpr, WITH_CE: tl.constexpr, T_IS_1: tl.constexpr,
+    SCALE_ON_DEVICE: tl.constexpr,
 ):  # fmt: skip
-    """`row_pass` of one row; `terms` (4, N) and `flags` (2, N) are the fields of `RowTerms` in order.
-
-    `s` and `t` are a block of logits, -inf at the target. Of each lane, and then of the row: `top_s` and `top_t` are
-    the maxima; `sum_s` = Σ exp(s'), s' = (s − top_s)/T, and `sum_t` likewise; `sum_1` = Σ exp(s − top_s); `cross` =
-    Σ exp(t')·(t' − s').
-    """
+    """`row_pass` of one row; `terms` (4, N) and `flags` (2, N) are the fields of `RowTerms` in order."""
     row = tl.program_id(0).to(tl.int64)  # a row times its stride can exceed 32 bits
     student = _row_start(student, row, student_stride, ALIGNED)
     teacher = _row_start(teacher, row, teacher_stride, ALIGNED)
     if gradient is not None:
         gradient = _row_start(gradient, row, gradient_stride, ALIGNED)
-    lanes = tl.arange(0, BLOCK)
+    BLOCK: tl.constexpr = LANES * PER_LANE
+    LAST: tl.constexpr = (C - 1) // BLOCK * BLOCK
+    WITH_E_1: tl.constexpr = WITH_CE and not T_IS_1
+    columns = tl.arange(0, LANES)[:, None] * PER_LANE + tl.arange(0, PER_LANE)[None, :]
     label = tl.load(labels + row)
     if label == ignore_index:
         _store_terms(terms, flags, row, N, 0.0, 0.0, 0.0, 0.0, 0, 0)
         if gradient is not None:
             for start in range(0, C, BLOCK):
-                tl.store(gradient + start + lanes, tl.zeros([BLOCK], tl.float32), mask=start + lanes < C)
+                tl.store(gradient + start + columns, 0.0, mask=start + columns < C)
         return
 
     label = tl.where((label >= 0) & (label < C), label, -1).to(tl.int32)
     target_s, target_t = _load_target(student, label), _load_target(teacher, label)
-    inverse_T = 1 / T
-    s, t = _load_others(student, lanes, label, C, ""), _load_others(teacher, lanes, label, C, "")
-    masked = _masks_mass(s, t)
-    top_s, first_s, sum_s = s, lanes, _counted(s)
-    top_t, first_t, sum_t = t, lanes, _counted(t)
-    sum_1, cross = sum_s, tl.zeros([BLOCK], tl.float32)
+    log2_e = 1.4426950408889634
+    rate = log2_e / T
+    nothing, lowest = tl.zeros([LANES], tl.float32), tl.full([LANES], -float("inf"), tl.float32)
+    first = tl.zeros([LANES], tl.int32)
+    state = lowest, lowest, nothing, nothing, nothing, nothing, lowest, first, first
+    state, e_s, e_t, e_1 = _fold(state, student, teacher, columns, label, rate, C, WITH_E_1)
     for start in range(BLOCK, C, BLOCK):
-        columns = start + lanes
-        s, t = _load_others(student, columns, label, C, ""), _load_others(teacher, columns, label, C, "")
-        masked = masked | _masks_mass(s, t)
-        first_s, first_t = tl.where(s > top_s, columns, first_s), tl.where(t > top_t, columns, first_t)
-        new_s, new_t = tl.maximum(top_s, s), tl.maximum(top_t, t)
-        keeps, joins = _rescaled(top_t, t, inverse_T)
-        cross = _times(keeps, cross + _times(sum_t, _gap(top_t, new_t, top_s, new_s) * inverse_T))
-        cross += _times(joins, _gap(t, new_t, s, new_s) * inverse_T)
-        sum_t = sum_t * keeps + joins
-        keeps, joins = _rescaled(top_s, s, inverse_T)
-        sum_s = sum_s * keeps + joins
-        if WITH_CE and not T_IS_1:
-            keeps, joins = _rescaled(top_s, s, 1.0)
-            sum_1 = sum_1 * keeps + joins
-        top_s, top_t = new_s, new_t
+        state, e_s, e_t, e_1 = _fold(state, student, teacher, start + columns, label, rate, C, WITH_E_1)
+    lane_s, lane_t, sum_s, sum_t, sum_1, cross, widest, first_s, first_t = state
 
     # The lanes' terms become the row's.
-    lane_s, lane_t, top_s, top_t = top_s, top_t, tl.max(top_s, 0), tl.max(top_t, 0)
-    agrees = _argmax(lane_s, top_s, first_s, target_s, label, C) == _argmax(
-        lane_t, top_t, first_t, target_t, label, C
-    )
-    weights = _exp_below(lane_t, top_t, inverse_T)
-    cross = tl.sum(_times(weights, cross + _times(sum_t, _gap(lane_t, top_t, lane_s, top_s) * inverse_T)), 0)
-    sum_t = tl.sum(sum_t * weights, 0)
-    sum_s = tl.sum(sum_s * _exp_below(lane_s, top_s, inverse_T), 0)
-    odds_s = (target_s - top_s) * inverse_T - tl.log(sum_s)
-    odds_t = (target_t - top_t) * inverse_T - tl.log(sum_t)
+    top_s, top_t = tl.max(lane_s, 0), tl.max(lane_t, 0)
+    neighbours = tl.arange(0, PER_LANE)
+    best_s = _argmax(student, lane_s, top_s, first_s, neighbours, target_s, label, C)
+    best_t = _argmax(teacher, lane_t, top_t, first_t, neighbours, target_t, label, C)
+    weight_s, weight_t = _exp2_below(lane_s, top_s, rate), _exp2_below(lane_t, top_t, rate)
+    cross = tl.sum(_times(weight_t, cross + _times(sum_t, (lane_t - top_t) - (lane_s - top_s))), 0)
+    sum_s, sum_t = tl.sum(sum_s * weight_s, 0), tl.sum(sum_t * weight_t, 0)
+    odds_s, odds_t = (target_s - top_s) / T - tl.log(sum_s), (target_t - top_t) / T - tl.log(sum_t)
     odds_1 = odds_s
-    if WITH_CE and not T_IS_1:
-        sum_1 = tl.sum(sum_1 * _exp_below(lane_s, top_s, 1.0), 0)
+    if WITH_E_1:
+        weight_1 = _exp2_below(lane_s, top_s, log2_e)
+        sum_1 = tl.sum(sum_1 * weight_1, 0)
         odds_1 = target_s - top_s - tl.log(sum_1)
 
     p, p_rest = _sigmoids(odds_s)
@@ -179,45 +164,84 @@ def _row_kernel(
         beta = alpha * b_rest
     tckd = _times(b, _log_sigmoid(odds_t) - _log_sigmoid(odds_s))
     tckd += _times(b_rest, _log_sigmoid(-odds_t) - _log_sigmoid(-odds_s))
-    nckd = cross / sum_t - tl.log(sum_t) + tl.log(sum_s)
+    nckd = cross / sum_t / T - tl.log(sum_t) + tl.log(sum_s)
     dkd = T * T * (_times(alpha, tckd) + _times(beta, nckd))
     ce = 0.0
     if WITH_CE:
         ce = -_log_sigmoid(odds_1)
     # Comparisons with NaN are false. A finite sum is 1 at least, of the maximum.
     usable = (sum_t >= 1) & (top_t < float("inf")) & (target_t < float("inf"))
-    masked = (tl.max(masked.to(tl.int32), 0) > 0) | _masks_mass(target_s, target_t)
-    _store_terms(terms, flags, row, N, ce, tckd, nckd, dkd, agrees, tl.where(usable, tl.where(masked, 2, 0), 1))
+    masked = _masks_mass(target_s, target_t).to(tl.int32)
+    if tl.max(widest, 0) == float("inf"):
+        for start in range(0, C, BLOCK):
+            s = _load_others(student, start + columns, label, C)
+            t = _load_others(teacher, start + columns, label, C)
+            masked = masked | tl.max(tl.max(_masks_mass(s, t).to(tl.int32), 1), 0)
+    fault = tl.where(usable, 2 * masked, 1)
+    _store_terms(terms, flags, row, N, ce, tckd, nckd, dkd, best_s == best_t, fault)
 
     if gradient is not None:
         if SCALE_ON_DEVICE:
             scale = tl.load(scale).to(tl.float32)
         excess = tl.where(p < p_rest, p - b, b_rest - p_rest)  # p − b, from the two numbers that keep its digits
         at_target = alpha * T * excess
-        of_q_s = -at_target
-        of_e_1 = 0.0
+        of_s = -at_target
+        share_1 = 0.0
         if WITH_CE:
             p, p_rest = _sigmoids(odds_1)
             at_target -= ce_weight * p_rest
-            if T_IS_1:
-                of_q_s += ce_weight * p_rest
+            if WITH_E_1:
+                share_1 = scale * ce_weight * p_rest / sum_1
             else:
-                of_e_1 = scale * ce_weight * p_rest / sum_1
-        # Elsewhere: of_gap·(q_s − q_t) + of_q_s·q_s + of_e_1·exp(s − top_s).
-        at_target, of_gap, of_q_s = scale * at_target, scale * beta * T, scale * of_q_s
+                of_s += ce_weight * p_rest
+        at_target, of_gap, of_s = scale * at_target, scale * beta * T, scale * of_s
         share_s, share_t = 1 / sum_s, 1 / sum_t
-        LAST: tl.constexpr = (C - 1) // BLOCK * BLOCK
-        for start in range(LAST, -1, -BLOCK):
-            columns = start + lanes
-            if start < LAST:
-                s = _load_others(student, columns, label, C, "evict_first")
-                t = _load_others(teacher, columns, label, C, "evict_first")
-            q_s, q_t = share_s * _exp_below(s, top_s, inverse_T), share_t * _exp_below(t, top_t, inverse_T)
-            slope = of_gap * (q_s - q_t) + of_q_s * q_s
-            if WITH_CE and not T_IS_1:
-                slope += of_e_1 * _exp_below(s, top_s, 1.0)
-            slope = tl.where(columns == label, at_target, slope)
-            tl.store(gradient + columns, slope, mask=columns < C, eviction_policy="evict_first")
+        tl.debug_barrier()  # the gradient may be the student's memory, and nobody writes before all have read
+        q_s, q_t = e_s * (weight_s * share_s)[:, None], e_t * (weight_t * share_t)[:, None]
+        slope = of_gap * (q_s - q_t) + of_s * q_s
+        if WITH_E_1:
+            slope += e_1 * (weight_1 * share_1)[:, None]
+        _store_slope(gradient, LAST + columns, slope, at_target, label, C)
+        for behind in range(BLOCK, LAST + 1, BLOCK):
+            now = LAST - behind + columns
+            s = tl.load(student + now, eviction_policy="evict_first").to(tl.float32)
+            t = tl.load(teacher + now, eviction_policy="evict_first").to(tl.float32)
+            q_s, q_t = _exp2_below(s, top_s, rate) * share_s, _exp2_below(t, top_t, rate) * share_t
+            slope = of_gap * (q_s - q_t) + of_s * q_s
+            if WITH_E_1:
+                slope += _exp2_below(s, top_s, log2_e) * share_1
+            _store_slope(gradient, now, slope, at_target, label, C)
+
+
+@triton.jit
+def _fold(state, student, teacher, columns, label, rate, C: tl.constexpr, WITH_E_1: tl.constexpr):
+    """One block more in the lanes' terms; also the block's exponentials below the lanes' maxima.
+
+    The state, (LANES,) each: `top_s` and `top_t`, the largest logits; `sum_s` = Σ exp((s − top_s)/T) and `sum_t`;
+    `sum_1` = Σ exp(s − top_s); `cross` = Σ exp((t − top_t)/T)·gap, gap = (t − top_t) − (s − top_s); `widest`, +inf if
+    any gap was; `first_s` and `first_t`, the first column of the block's lane where the maximum was found.
+    """
+    top_s, top_t, sum_s, sum_t, sum_1, cross, widest, first_s, first_t = state
+    s, t = _load_others(student, columns, label, C), _load_others(teacher, columns, label, C)
+    new_s, new_t = tl.max(s, 1), tl.max(t, 1)
+    first = tl.min(columns, 1)
+    first_s, first_t = tl.where(new_s > top_s, first, first_s), tl.where(new_t > top_t, first, first_t)
+    new_s, new_t = tl.maximum(new_s, top_s), tl.maximum(new_t, top_t)
+    # Of a lane with nothing but -inf so far, the exponentials are to be 0.
+    base_s, base_t = tl.where(new_s == -float("inf"), 0.0, new_s), tl.where(new_t == -float("inf"), 0.0, new_t)
+    falls_s, falls_t = top_s - base_s, top_t - base_t
+    keeps_s, keeps_t = tl.exp2(falls_s * rate), tl.exp2(falls_t * rate)
+    s, t = s - base_s[:, None], t - base_t[:, None]
+    e_s, e_t, gap = tl.exp2(s * rate), tl.exp2(t * rate), t - s
+    cross = _times(keeps_t, cross + _times(sum_t, falls_t - falls_s)) + tl.sum(_times(e_t, gap), 1)
+    sum_s, sum_t = sum_s * keeps_s + tl.sum(e_s, 1), sum_t * keeps_t + tl.sum(e_t, 1)
+    e_1 = e_s
+    if WITH_E_1:
+        log2_e = 1.4426950408889634
+        e_1 = tl.exp2(s * log2_e)
+        sum_1 = sum_1 * tl.exp2(falls_s * log2_e) + tl.sum(e_1, 1)
+    widest = tl.maximum(widest, tl.max(gap, 1))
+    return (new_s, new_t, sum_s, sum_t, sum_1, cross, widest, first_s, first_t), e_s, e_t, e_1
 
 
 @triton.jit
@@ -238,9 +262,9 @@ def _row_start(logits, row, stride, ALIGNED: tl.constexpr):
 
 
 @triton.jit
-def _load_others(row, columns, label, C: tl.constexpr, EVICTION: tl.constexpr):
+def _load_others(row, columns, label, C: tl.constexpr):
     """Logits in float32, -inf at the target and past the end."""
-    logits = tl.load(row + columns, mask=columns < C, other=-float("inf"), eviction_policy=EVICTION).to(tl.float32)
+    logits = tl.load(row + columns, mask=columns < C, other=-float("inf")).to(tl.float32)
     return tl.where(columns == label, -float("inf"), logits)
 
 
@@ -252,15 +276,38 @@ def _load_target(row, label):
 
 
 @triton.jit
-def _masks_mass(s, t):
-    """Where the student masks a class to which the teacher gives mass."""
-    return (s == -float("inf")) & (t > -float("inf"))
+def _store_slope(gradient, columns, slope, at_target, label, C: tl.constexpr):
+    """A block of the gradient."""
+    slope = tl.where(columns == label, at_target, slope)
+    tl.store(gradient + columns, slope, mask=columns < C, eviction_policy="evict_first")
 
 
 @triton.jit
-def _counted(logits):
-    """exp(logits − logits): 1, but 0 of masked classes."""
-    return tl.where(logits == -float("inf"), 0.0, 1.0)
+def _store_terms(terms, flags, row, N, ce, tckd, nckd, dkd, agrees, fault):
+    """One row of the fields of `RowTerms`."""
+    terms += row
+    flags += row
+    tl.store(terms, ce)
+    tl.store(terms + N, tckd)
+    tl.store(terms + 2 * N, nckd)
+    tl.store(terms + 3 * N, dkd)
+    tl.store(flags, agrees)
+    tl.store(flags + N, fault)
+
+
+@triton.jit
+def _argmax(row, lanes, top, first, neighbours, target, label, C: tl.constexpr):
+    """The first class with the row's largest logit: a look at the first lane with it, and at the target."""
+    columns = tl.min(tl.where(lanes == top, first, C), 0) + neighbours
+    logits = _load_others(row, columns, label, C)
+    other = tl.min(tl.where(logits == top, columns, C), 0)
+    return tl.where((target > top) | ((target == top) & (label < other)), label, other)
+
+
+@triton.jit
+def _masks_mass(s, t):
+    """Where the student masks a class to which the teacher gives mass."""
+    return (s == -float("inf")) & (t > -float("inf"))
 
 
 @triton.jit
@@ -270,34 +317,9 @@ def _times(weights, values):
 
 
 @triton.jit
-def _gap(t, top_t, s, top_s):
-    """T·(t' − s')."""
-    return (t - top_t) - (s - top_s)
-
-
-@triton.jit
-def _exp_below(logits, top, inverse_T):
-    """exp((logits − top)/T), 0 where every class is masked."""
-    return tl.exp((logits - tl.where(top == -float("inf"), 0.0, top)) * inverse_T)
-
-
-@triton.jit
-def _rescaled(top, logits, inverse_T):
-    """Below the new maximum: the factor of a sum of exponentials below `top`, and exp((logits − the new maximum)/T).
-
-    One of the two is 1, so that one exponential gives both.
-    """
-    smaller = tl.exp(-tl.abs(logits - top) * inverse_T)
-    rises = logits > top
-    joins = tl.where(rises, 1.0, tl.where(logits == -float("inf"), 0.0, smaller))
-    return tl.where(rises, smaller, 1.0), joins
-
-
-@triton.jit
-def _argmax(lanes, top, first, target, label, C: tl.constexpr):
-    """The first class with the row's largest logit, from the lanes' maxima, where these are, and the target."""
-    other = tl.min(tl.where(lanes == top, first, C), 0)
-    return tl.where((target > top) | ((target == top) & (label < other)), label, other)
+def _exp2_below(logits, top, rate):
+    """2^((logits − top)·rate), 0 where every class is masked."""
+    return tl.exp2((logits - tl.where(top == -float("inf"), 0.0, top)) * rate)
 
 
 @triton.jit
@@ -315,16 +337,3 @@ def _log_sigmoid(odds):
     rounded = 1 + e
     log1p = tl.where(rounded == 1, e, tl.log(rounded) * (e / tl.where(rounded == 1, 1.0, rounded - 1)))
     return tl.minimum(odds, 0.0) - log1p
-
-
-@triton.jit
-def _store_terms(terms, flags, row, N, ce, tckd, nckd, dkd, agrees, fault):
-    """One row of the fields of `RowTerms`."""
-    terms += row
-    flags += row
-    tl.store(terms, ce)
-    tl.store(terms + N, tckd)
-    tl.store(terms + 2 * N, nckd)
-    tl.store(terms + 3 * N, dkd)
-    tl.store(flags, agrees)
-    tl.store(flags + N, fault)
