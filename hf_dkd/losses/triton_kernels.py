@@ -18,10 +18,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-ONE_BLOCK = 16384
-"""Rows of up to this many classes are one block."""
-BLOCK = 4096
-"""The classes in a block of longer rows."""
+ONE_BLOCK = 4096
+"""Rows of up to this many classes are one block: four lanes to a thread."""
+SCALED_BLOCK = 4096
+
 
 class RowTerms(NamedTuple):
     """What the pass finds for each row, (N,) each, float32; no gradient. Rows labelled ignore_index: 0, False."""
@@ -93,17 +93,23 @@ def scale_gradient_(gradient: Tensor, factor: Tensor) -> None:
     (N, C), stride = gradient.shape, gradient.stride(0)
     if N:
         with torch.cuda.device_of(gradient):
-            block = min(triton.next_power_of_2(C), BLOCK)
+            block = min(triton.next_power_of_2(C), SCALED_BLOCK)
             _scale_kernel[(N, triton.cdiv(C, block))](
                 gradient, factor, stride, C=C, BLOCK=block, ALIGNED=math.gcd(16, stride)
             )
 
 
 def _lanes_and_warps(C: int, per_lane: int) -> tuple[int, int]:
-    """Lanes in a block, and warps of 32 threads: a thread has 16 classes of a row in one block, 8 of a longer one."""
-    block = triton.next_power_of_2(C) if C <= ONE_BLOCK else BLOCK
-    per_thread = 16 if C <= ONE_BLOCK else 8
-    return max(block // per_lane, 32), min(max(block // per_thread // 32, 1), 32)
+    """Lanes in a block, and warps of 32 threads.
+
+    Every warp repeats the arithmetic of the row as a whole, so that short rows want few; of long rows few are to be
+    under way at a time, so that a cache still holds them for the second look.
+    """
+    if C <= ONE_BLOCK:
+        block = triton.next_power_of_2(C)
+        return max(block // per_lane, 32), max(block // per_lane // 128, 1)
+    warps = 4 if C <= 16384 else 8 if C <= 65536 else 16
+    return warps * 32 * 8 // per_lane, warps
 
 
 @triton.jit
@@ -122,40 +128,45 @@ def _row_kernel(
     BLOCK: tl.constexpr = LANES * PER_LANE
     LAST: tl.constexpr = (C - 1) // BLOCK * BLOCK
     WITH_E_1: tl.constexpr = WITH_CE and not T_IS_1
-    columns = tl.arange(0, LANES)[:, None] * PER_LANE + tl.arange(0, PER_LANE)[None, :]
+    lanes = tl.arange(0, LANES) * PER_LANE  # the first column of each
     label = tl.load(labels + row)
     if label == ignore_index:
         _store_terms(terms, flags, row, N, 0.0, 0.0, 0.0, 0.0, 0, 0)
         if gradient is not None:
             for start in range(0, C, BLOCK):
-                tl.store(gradient + start + columns, 0.0, mask=start + columns < C)
+                _store_slope(gradient, start + lanes, tl.zeros([LANES, PER_LANE], tl.float32), 0.0, -1, C)
         return
 
     label = tl.where((label >= 0) & (label < C), label, -1).to(tl.int32)
     target_s, target_t = _load_target(student, label), _load_target(teacher, label)
     log2_e = 1.4426950408889634
-    rate = log2_e / T
+    inverse_T = 1 / T
+    rate = inverse_T * log2_e
     nothing, lowest = tl.zeros([LANES], tl.float32), tl.full([LANES], -float("inf"), tl.float32)
     first = tl.zeros([LANES], tl.int32)
     state = lowest, lowest, nothing, nothing, nothing, nothing, lowest, first, first
-    state, e_s, e_t, e_1 = _fold(state, student, teacher, columns, label, rate, C, WITH_E_1)
+    state, e_s, e_t, e_1 = _fold(state, student, teacher, lanes, label, rate, C, PER_LANE, WITH_E_1)
     for start in range(BLOCK, C, BLOCK):
-        state, e_s, e_t, e_1 = _fold(state, student, teacher, start + columns, label, rate, C, WITH_E_1)
+        state, e_s, e_t, e_1 = _fold(state, student, teacher, start + lanes, label, rate, C, PER_LANE, WITH_E_1)
     lane_s, lane_t, sum_s, sum_t, sum_1, cross, widest, first_s, first_t = state
 
     # The lanes' terms become the row's.
-    top_s, top_t = tl.max(lane_s, 0), tl.max(lane_t, 0)
-    neighbours = tl.arange(0, PER_LANE)
-    best_s = _argmax(student, lane_s, top_s, first_s, neighbours, target_s, label, C)
-    best_t = _argmax(teacher, lane_t, top_t, first_t, neighbours, target_t, label, C)
+    top_s, top_t, widest, _ = _split4(tl.max(_join4(lane_s, lane_t, widest, widest), 0))
+    first_s, first_t = tl.where(lane_s == top_s, first_s, C), tl.where(lane_t == top_t, first_t, C)
+    first_s, first_t = tl.split(tl.min(tl.join(first_s, first_t), 0))
+    best_s = _argmax(student, first_s, top_s, target_s, label, C, PER_LANE)
+    best_t = _argmax(teacher, first_t, top_t, target_t, label, C, PER_LANE)
     weight_s, weight_t = _exp2_below(lane_s, top_s, rate), _exp2_below(lane_t, top_t, rate)
-    cross = tl.sum(_times(weight_t, cross + _times(sum_t, (lane_t - top_t) - (lane_s - top_s))), 0)
-    sum_s, sum_t = tl.sum(sum_s * weight_s, 0), tl.sum(sum_t * weight_t, 0)
-    odds_s, odds_t = (target_s - top_s) / T - tl.log(sum_s), (target_t - top_t) / T - tl.log(sum_t)
-    odds_1 = odds_s
+    cross = _times(weight_t, cross + _times(sum_t, (lane_t - top_t) - (lane_s - top_s)))
+    weight_1 = weight_s
     if WITH_E_1:
         weight_1 = _exp2_below(lane_s, top_s, log2_e)
-        sum_1 = tl.sum(sum_1 * weight_1, 0)
+    sums = _join4(sum_s * weight_s, sum_t * weight_t, sum_1 * weight_1, cross)
+    sum_s, sum_t, sum_1, cross = _split4(tl.sum(sums, 0))
+    odds_s = (target_s - top_s) * inverse_T - tl.log(sum_s)
+    odds_t = (target_t - top_t) * inverse_T - tl.log(sum_t)
+    odds_1 = odds_s
+    if WITH_E_1:
         odds_1 = target_s - top_s - tl.log(sum_1)
 
     p, p_rest = _sigmoids(odds_s)
@@ -164,7 +175,7 @@ def _row_kernel(
         beta = alpha * b_rest
     tckd = _times(b, _log_sigmoid(odds_t) - _log_sigmoid(odds_s))
     tckd += _times(b_rest, _log_sigmoid(-odds_t) - _log_sigmoid(-odds_s))
-    nckd = cross / sum_t / T - tl.log(sum_t) + tl.log(sum_s)
+    nckd = cross / sum_t * inverse_T - tl.log(sum_t) + tl.log(sum_s)
     dkd = T * T * (_times(alpha, tckd) + _times(beta, nckd))
     ce = 0.0
     if WITH_CE:
@@ -172,10 +183,10 @@ def _row_kernel(
     # Comparisons with NaN are false. A finite sum is 1 at least, of the maximum.
     usable = (sum_t >= 1) & (top_t < float("inf")) & (target_t < float("inf"))
     masked = _masks_mass(target_s, target_t).to(tl.int32)
-    if tl.max(widest, 0) == float("inf"):
+    if widest == float("inf"):
         for start in range(0, C, BLOCK):
-            s = _load_others(student, start + columns, label, C)
-            t = _load_others(teacher, start + columns, label, C)
+            s = _load_others(student, start + lanes, label, C, PER_LANE)
+            t = _load_others(teacher, start + lanes, label, C, PER_LANE)
             masked = masked | tl.max(tl.max(_masks_mass(s, t).to(tl.int32), 1), 0)
     fault = tl.where(usable, 2 * masked, 1)
     _store_terms(terms, flags, row, N, ce, tckd, nckd, dkd, best_s == best_t, fault)
@@ -201,11 +212,10 @@ def _row_kernel(
         slope = of_gap * (q_s - q_t) + of_s * q_s
         if WITH_E_1:
             slope += e_1 * (weight_1 * share_1)[:, None]
-        _store_slope(gradient, LAST + columns, slope, at_target, label, C)
+        _store_slope(gradient, LAST + lanes, slope, at_target, label, C)
         for behind in range(BLOCK, LAST + 1, BLOCK):
-            now = LAST - behind + columns
-            s = tl.load(student + now, eviction_policy="evict_first").to(tl.float32)
-            t = tl.load(teacher + now, eviction_policy="evict_first").to(tl.float32)
+            now = LAST - behind + lanes
+            s, t = _load(student, now, C, PER_LANE), _load(teacher, now, C, PER_LANE)
             q_s, q_t = _exp2_below(s, top_s, rate) * share_s, _exp2_below(t, top_t, rate) * share_t
             slope = of_gap * (q_s - q_t) + of_s * q_s
             if WITH_E_1:
@@ -214,7 +224,9 @@ def _row_kernel(
 
 
 @triton.jit
-def _fold(state, student, teacher, columns, label, rate, C: tl.constexpr, WITH_E_1: tl.constexpr):
+def _fold(
+    state, student, teacher, lanes, label, rate, C: tl.constexpr, PER_LANE: tl.constexpr, WITH_E_1: tl.constexpr
+):  # fmt: skip
     """One block more in the lanes' terms; also the block's exponentials below the lanes' maxima.
 
     The state, (LANES,) each: `top_s` and `top_t`, the largest logits; `sum_s` = Σ exp((s − top_s)/T) and `sum_t`;
@@ -222,10 +234,9 @@ def _fold(state, student, teacher, columns, label, rate, C: tl.constexpr, WITH_E
     any gap was; `first_s` and `first_t`, the first column of the block's lane where the maximum was found.
     """
     top_s, top_t, sum_s, sum_t, sum_1, cross, widest, first_s, first_t = state
-    s, t = _load_others(student, columns, label, C), _load_others(teacher, columns, label, C)
+    s, t = _load_others(student, lanes, label, C, PER_LANE), _load_others(teacher, lanes, label, C, PER_LANE)
     new_s, new_t = tl.max(s, 1), tl.max(t, 1)
-    first = tl.min(columns, 1)
-    first_s, first_t = tl.where(new_s > top_s, first, first_s), tl.where(new_t > top_t, first, first_t)
+    first_s, first_t = tl.where(new_s > top_s, lanes, first_s), tl.where(new_t > top_t, lanes, first_t)
     new_s, new_t = tl.maximum(new_s, top_s), tl.maximum(new_t, top_t)
     # Of a lane with nothing but -inf so far, the exponentials are to be 0.
     base_s, base_t = tl.where(new_s == -float("inf"), 0.0, new_s), tl.where(new_t == -float("inf"), 0.0, new_t)
@@ -233,7 +244,7 @@ def _fold(state, student, teacher, columns, label, rate, C: tl.constexpr, WITH_E
     keeps_s, keeps_t = tl.exp2(falls_s * rate), tl.exp2(falls_t * rate)
     s, t = s - base_s[:, None], t - base_t[:, None]
     e_s, e_t, gap = tl.exp2(s * rate), tl.exp2(t * rate), t - s
-    cross = _times(keeps_t, cross + _times(sum_t, falls_t - falls_s)) + tl.sum(_times(e_t, gap), 1)
+    cross = _times(keeps_t, cross + _times(sum_t, falls_t - falls_s)) + tl.sum(e_t * tl.where(e_t == 0, 0.0, gap), 1)
     sum_s, sum_t = sum_s * keeps_s + tl.sum(e_s, 1), sum_t * keeps_t + tl.sum(e_t, 1)
     e_1 = e_s
     if WITH_E_1:
@@ -262,10 +273,22 @@ def _row_start(logits, row, stride, ALIGNED: tl.constexpr):
 
 
 @triton.jit
-def _load_others(row, columns, label, C: tl.constexpr):
-    """Logits in float32, -inf at the target and past the end."""
-    logits = tl.load(row + columns, mask=columns < C, other=-float("inf")).to(tl.float32)
-    return tl.where(columns == label, -float("inf"), logits)
+def _load(row, lanes, C: tl.constexpr, PER_LANE: tl.constexpr):
+    """The logits (LANES, PER_LANE) of lanes that begin at these columns, in float32; -inf past the row's end."""
+    columns = lanes[:, None] + tl.arange(0, PER_LANE)[None, :]
+    return tl.load(row + columns, mask=columns < C, other=-float("inf")).to(tl.float32)
+
+
+@triton.jit
+def _load_others(row, lanes, label, C: tl.constexpr, PER_LANE: tl.constexpr):
+    """`_load` with -inf at the target."""
+    return tl.where(_is_target(lanes, label, PER_LANE), -float("inf"), _load(row, lanes, C, PER_LANE))
+
+
+@triton.jit
+def _is_target(lanes, label, PER_LANE: tl.constexpr):
+    """Booleans (LANES, PER_LANE)."""
+    return (label - lanes)[:, None] == tl.arange(0, PER_LANE)[None, :]
 
 
 @triton.jit
@@ -276,9 +299,10 @@ def _load_target(row, label):
 
 
 @triton.jit
-def _store_slope(gradient, columns, slope, at_target, label, C: tl.constexpr):
+def _store_slope(gradient, lanes, slope, at_target, label, C: tl.constexpr):
     """A block of the gradient."""
-    slope = tl.where(columns == label, at_target, slope)
+    columns = lanes[:, None] + tl.arange(0, slope.shape[1])[None, :]
+    slope = tl.where(_is_target(lanes, label, slope.shape[1]), at_target, slope)
     tl.store(gradient + columns, slope, mask=columns < C, eviction_policy="evict_first")
 
 
@@ -296,10 +320,10 @@ def _store_terms(terms, flags, row, N, ce, tckd, nckd, dkd, agrees, fault):
 
 
 @triton.jit
-def _argmax(row, lanes, top, first, neighbours, target, label, C: tl.constexpr):
-    """The first class with the row's largest logit: a look at the first lane with it, and at the target."""
-    columns = tl.min(tl.where(lanes == top, first, C), 0) + neighbours
-    logits = _load_others(row, columns, label, C)
+def _argmax(row, first, top, target, label, C: tl.constexpr, PER_LANE: tl.constexpr):
+    """The first class with the row's largest logit: a look at the lane that begins at `first`, and at the target."""
+    columns = first + tl.arange(0, PER_LANE)
+    logits = tl.load(row + columns, mask=(columns < C) & (columns != label), other=-float("inf")).to(tl.float32)
     other = tl.min(tl.where(logits == top, columns, C), 0)
     return tl.where((target > top) | ((target == top) & (label < other)), label, other)
 
@@ -308,6 +332,21 @@ def _argmax(row, lanes, top, first, neighbours, target, label, C: tl.constexpr):
 def _masks_mass(s, t):
     """Where the student masks a class to which the teacher gives mass."""
     return (s == -float("inf")) & (t > -float("inf"))
+
+
+@triton.jit
+def _join4(a, b, c, d):
+    """Four (LANES,) as one, so that threads meet once to reduce them all."""
+    return tl.join(tl.join(a, b), tl.join(c, d))
+
+
+@triton.jit
+def _split4(reduced):
+    """What `_join4` joined, after the lanes were reduced."""
+    first, second = tl.split(reduced)
+    a, b = tl.split(first)
+    c, d = tl.split(second)
+    return a, b, c, d
 
 
 @triton.jit
@@ -332,8 +371,7 @@ def _sigmoids(odds):
 
 @triton.jit
 def _log_sigmoid(odds):
-    """min(odds, 0) − log1p(exp(−|odds|)); log1p after Kahan, whose quotient cancels the rounding of 1 + e."""
+    """min(odds, 0) − log1p(e), e = exp(−|odds|); what 1 + e lost to rounding is added to its logarithm."""
     e = tl.exp(-tl.abs(odds))
     rounded = 1 + e
-    log1p = tl.where(rounded == 1, e, tl.log(rounded) * (e / tl.where(rounded == 1, 1.0, rounded - 1)))
-    return tl.minimum(odds, 0.0) - log1p
+    return tl.minimum(odds, 0.0) - (tl.log(rounded) + (e - (rounded - 1)))
