@@ -36,6 +36,7 @@ TRL_WIDTH = 64
 
 def cases_at(rows: int, classes: int, dtype: torch.dtype, device: str) -> dict[str, measure.Case]:
     """The cases at (N, C): functions that give (loss, gradient)."""
+    from hf_dkd.losses.row_pass import Weights
     from hf_dkd.losses.triton_kernels import row_pass, scale_gradient_
 
     generator = torch.Generator(device).manual_seed(0)
@@ -47,7 +48,8 @@ def cases_at(rows: int, classes: int, dtype: torch.dtype, device: str) -> dict[s
 
     def kernel(ce_weight: float) -> tuple[Tensor, Tensor]:
         gradient = torch.empty_like(student)
-        terms = row_pass(student, teacher, labels, ce_weight=ce_weight, scale=1 / rows, gradient=gradient, **SETTINGS)
+        weights = Weights(**SETTINGS, ce_weight=ce_weight or None)
+        terms = row_pass(student, teacher, labels, weights, scale=1 / rows, gradient=gradient)
         loss = (terms.dkd + ce_weight * terms.ce).mean()
         scale_gradient_(gradient, one)  # what backward calls, with the gradient of the loss
         return loss, gradient

@@ -6,6 +6,7 @@ fraction of the time and memory: see `row_pass` and `benchmarks/RESULTS.md`.
 
 import math
 from collections.abc import Sequence
+from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -148,7 +149,11 @@ class _RowLoss(torch.autograd.Function):
         if torch.compiler.is_compiling():
             return ctx.gradient * factor, *[None] * 8
         gradient = given_away(ctx)
-        if of_loss.device.type != "cpu" or of_loss.ndim or of_loss != 1:
+        if of_loss.is_cuda and not of_loss.ndim and find_spec("triton") is not None:
+            from .triton_kernels import scale_gradient_
+
+            scale_gradient_(gradient, of_loss)
+        elif of_loss.device.type != "cpu" or of_loss.ndim or of_loss != 1:
             gradient.mul_(factor)
         return gradient, *[None] * 8
 

@@ -153,7 +153,7 @@ class _FusedLinear(torch.autograd.Function):
         ctx: Any,
         hidden: Tensor,
         weight: Tensor,
-        bias: Tensor | None,
+        bias: Any,
         student: LinearHead,
         teacher_hidden: Tensor,
         teacher: LinearHead,
@@ -165,19 +165,21 @@ class _FusedLinear(torch.autograd.Function):
         of_hidden, of_weight, of_bias = ctx.needs_input_grad[:3]
         gradients = _Gradients(
             torch.zeros_like(hidden) if of_hidden else None,
-            _zeros_like(weight) if of_weight else None,
-            _zeros_like(bias) if of_bias and bias is not None else None,
+            # In float32 at least: half precision would round away what each block adds.
+            empty(weight.shape, torch.promote_types(weight.dtype, torch.float32), weight.device) if of_weight else None,
+            torch.zeros_like(bias, dtype=torch.promote_types(bias.dtype, torch.float32)) if of_bias else None,
         )
         dtypes = _product_dtype(hidden), _product_dtype(teacher_hidden)
         student, teacher = _in_dtype(student, dtypes[0]), _in_dtype(teacher, dtypes[1])
         kept = (labels != ignore_index).nonzero().squeeze(1)
-        found = []
+        found: list[RowTerms] = []
         with torch.autocast(hidden.device.type, enabled=False):
             size = _block_size(len(kept), len(weight), hidden.device.type)
             memory = [empty((size, len(half.weight)), half.weight.dtype, hidden.device) for half in (student, teacher)]
             for rows in kept.split(size):
+                first = not found
                 block = hidden[rows].to(dtypes[0]), teacher_hidden[rows].to(dtypes[1]), labels[rows]
-                found.append(_block(*block, student, teacher, weights, gradients, rows, memory))
+                found.append(_block(*block, student, teacher, weights, gradients, rows, memory, first))
         terms = RowTerms(*(_at(rows, kept, labels) for rows in map(torch.cat, zip(*found, strict=True))))
         ctx.gradient, ctx.scale, ctx.dtype = gradients, scale, weight.dtype
         ctx.mark_non_differentiable(*terms)
@@ -203,8 +205,9 @@ def _block(
     gradients: _Gradients,
     rows: Tensor,
     memory: list[Tensor],
+    first: bool,
 ) -> RowTerms:
-    """The terms of a block of rows (R,), whose gradients are added to `gradients`; those of hidden states at `rows`."""
+    """The terms of a block of rows (R,); their gradients are added to `gradients`, or written if it is the `first`."""
     number = len(rows)
     logits = student.logits(hidden, memory[0][:number])
     of_teacher = teacher.logits(teacher_hidden, memory[1][:number])
@@ -234,22 +237,19 @@ def _block(
     if gradients.hidden is not None:
         gradients.hidden[rows] = (logits @ student.weight).to(gradients.hidden.dtype)
     if gradients.weight is not None:
-        _add_product(gradients.weight, logits.t(), hidden)
+        _add_product(gradients.weight, logits.t(), hidden, first)
     if gradients.bias is not None:
         gradients.bias.add_(logits.sum(0, dtype=gradients.bias.dtype))
     return terms
 
 
-def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+def _add_product(total: Tensor, left: Tensor, right: Tensor, first: bool) -> None:
     if total.dtype == right.dtype:
-        total.addmm_(left, right)
+        total.addmm_(left, right, beta=0 if first else 1)
+    elif first:
+        total.copy_(left @ right)
     else:
         total.add_(left @ right)
-
-
-def _zeros_like(weight: Tensor) -> Tensor:
-    # In float32 at least: half precision would round away what each block adds.
-    return empty(weight.shape, torch.promote_types(weight.dtype, torch.float32), weight.device).zero_()
 
 
 def _product_dtype(hidden: Tensor) -> torch.dtype:

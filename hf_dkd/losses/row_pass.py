@@ -9,7 +9,8 @@ Blocks are small enough to stay in the processor's cache: memory is read and wri
 the logits exists but the gradient.
 """
 
-from typing import NamedTuple
+from importlib.util import find_spec
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -102,6 +103,10 @@ def row_pass(
         scale: a number, or a scalar on the device of the logits.
         gradient: (N, C), to be written, zeros in ignored rows. It may be the student's own memory.
     """
+    kernels = _kernels(student, teacher) if partition is None else None
+    if kernels is not None:
+        options: dict[str, Any] = {"ignore_index": ignore_index, "scale": scale, "gradient": gradient}
+        return kernels.row_pass(student, teacher, labels, weights, **options)
     dtype = terms_dtype(student, teacher)
     on_cpu, ignored = labels.device.type == "cpu", labels == ignore_index
     chosen = None
@@ -140,6 +145,19 @@ def row_pass(
     if not found:
         return _no_rows(labels, dtype)
     return RowTerms(*(_at_rows(torch.cat(parts).squeeze(1), chosen, labels) for parts in zip(*found, strict=True)))
+
+
+def _kernels(student: Tensor, teacher: Tensor) -> Any:
+    """The module of GPU kernels, where they take these logits and Triton is installed; None otherwise."""
+    supported = all(
+        logits.is_cuda and logits.stride(1) == 1 and logits.dtype in (torch.float32, torch.bfloat16, torch.float16)
+        for logits in (student, teacher)
+    )
+    if not supported or find_spec("triton") is None:
+        return None
+    from . import triton_kernels
+
+    return triton_kernels
 
 
 def _block(

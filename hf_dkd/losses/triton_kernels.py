@@ -11,13 +11,13 @@ in the environment the kernels run on a CPU, slowly.
 """
 
 import math
-from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from .row_pass import RowTerms, Weights
 from .triton_arithmetic import (
     argmax,
     exp2_below,
@@ -41,50 +41,28 @@ ONE_BLOCK = 4096
 SCALED_BLOCK = 4096
 
 
-class RowTerms(NamedTuple):
-    """What the pass finds for each row, (N,) each, float32; no gradient. Rows labelled ignore_index: 0, False."""
-
-    ce: Tensor
-    """Cross-entropy of the student at the label, T = 1; 0 where ce_weight is 0."""
-    tckd: Tensor
-    """The divergences at temperature T, without T²."""
-    nckd: Tensor
-    dkd: Tensor
-    """T²·(α·TCKD + β·NCKD), or with `classical` T²·α·KL. A weight of 0 removes its term even if that is infinite."""
-    agrees: Tensor
-    """Booleans: the argmaxes of student and teacher are the same class; the first index wins ties."""
-    fault: Tensor
-    """uint8. 1: the teacher's row cannot be used (NaN or +inf, or no finite non-target logit). 2: the student masks
-    (-inf) a class to which the teacher gives mass. 0: neither. The other terms of a faulty row mean nothing."""
-
-
 def row_pass(
     student: Tensor,
     teacher: Tensor,
     labels: Tensor,
+    weights: Weights,
     *,
-    alpha: float,
-    beta: float,
-    temperature: float,
-    ce_weight: float = 0.0,
-    classical: bool = False,
-    scale: float | Tensor = 1.0,
     ignore_index: int = -100,
+    scale: Tensor | float = 1.0,
     gradient: Tensor | None = None,
 ) -> RowTerms:
-    """The terms of each row, and the gradient of scale·(ce_weight·CE + DKD), computed in float32.
+    """`row_pass.row_pass` on a GPU, in float32; the other terms of a row at fault mean nothing.
 
     Args:
         student: (N, C), float32, bfloat16 or float16, C ≥ 2; the last dimension contiguous, any stride between rows.
         teacher: (N, C), as `student`; the dtypes may differ.
         labels: (N,) int64, in [0, C) or `ignore_index`. Any other label makes its row NaN.
-        alpha, beta, temperature, ce_weight: the weights of TCKD, NCKD and CE, and T > 0.
-        classical: T²·α·KL(teacher ‖ student) in place of DKD; `beta` is not read.
         scale: a number, or a 0-dim tensor on the logits' device, which the host does not read.
         gradient: (N, C), the student's dtype, where the gradient is written, zeros in ignored rows; it may be the
             student's own memory. None: no gradient is computed.
     """
     (N, C), device = student.shape, student.device
+    alpha, beta, temperature, ce_weight, classical = weights
     terms = torch.empty(4, N, dtype=torch.float32, device=device)
     flags = torch.empty(2, N, dtype=torch.uint8, device=device)
     strides = [0 if logits is None else logits.stride(0) for logits in (student, teacher, gradient)]
@@ -95,13 +73,13 @@ def row_pass(
         with torch.cuda.device_of(student):
             _row_kernel[(N,)](
                 student, teacher, labels.contiguous(), gradient, terms, flags, scale, N, *strides,
-                float(alpha), float(beta), float(temperature), float(ce_weight), ignore_index,
+                float(alpha), float(beta), float(temperature), float(ce_weight or 0.0), ignore_index,
                 C=C, LANES=lanes, PER_LANE=per_lane, ALIGNED=math.gcd(16, *strides), CLASSICAL=classical,
-                WITH_CE=ce_weight != 0, T_IS_1=temperature == 1, SCALE_ON_DEVICE=isinstance(scale, Tensor),
+                WITH_CE=ce_weight is not None, T_IS_1=temperature == 1, SCALE_ON_DEVICE=isinstance(scale, Tensor),
                 num_warps=warps, enable_fp_fusion=True,
             )  # fmt: skip
     (ce, tckd, nckd, dkd), (agrees, fault) = terms, flags
-    return RowTerms(ce, tckd, nckd, dkd, agrees.view(torch.bool), fault)
+    return RowTerms(ce, tckd, nckd, torch.zeros_like(nckd), dkd, agrees.view(torch.bool), fault)
 
 
 def scale_gradient_(gradient: Tensor, factor: Tensor) -> None:

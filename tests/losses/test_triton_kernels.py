@@ -18,7 +18,8 @@ from tests.oracle import assert_within, gradient_of
 pytest.importorskip("triton", reason="the GPU kernels need Triton, which is not installed")
 
 from hf_dkd.losses import triton_kernels  # imports Triton
-from hf_dkd.losses.triton_kernels import RowTerms, row_pass, scale_gradient_
+from hf_dkd.losses.row_pass import RowTerms, Weights
+from hf_dkd.losses.triton_kernels import scale_gradient_
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
 
@@ -35,6 +36,22 @@ WEIGHTS: list[dict[str, Any]] = [
 every_length = pytest.mark.parametrize("classes", [7, LONG])
 
 
+def row_pass(
+    student: Tensor,
+    teacher: Tensor,
+    labels: Tensor,
+    *,
+    alpha: float,
+    beta: float,
+    temperature: float,
+    ce_weight: float = 0.0,
+    classical: bool = False,
+    **options: Any,
+) -> RowTerms:
+    weights = Weights(alpha, beta, temperature, ce_weight or None, classical)
+    return triton_kernels.row_pass(student, teacher, labels, weights, **options)
+
+
 def drawn(rows: int, classes: int, scale: float = 3.0) -> tuple[Tensor, Tensor, Tensor]:
     """Student, teacher and labels, the last class first."""
     generator = torch.Generator().manual_seed(rows + classes)
@@ -48,7 +65,7 @@ def run(student: Tensor, teacher: Tensor, labels: Tensor, **settings: Any) -> tu
     gradient = settings.pop("gradient", torch.full_like(student, math.nan))
     settings = {"alpha": 1.0, "beta": 1.0, "temperature": 1.0} | settings
     terms = row_pass(student, teacher, labels, gradient=gradient, **settings)
-    assert [term.dtype for term in terms] == 4 * [torch.float32] + [torch.bool, torch.uint8]
+    assert [term.dtype for term in terms] == 5 * [torch.float32] + [torch.bool, torch.uint8]
     return RowTerms(*(term.cpu() for term in terms)), gradient.cpu()
 
 
@@ -129,7 +146,7 @@ def test_rows_apart_gradient_in_place_and_ignored_rows(classes: int) -> None:
     student[1], teacher[1] = math.nan, INF
     expected_terms, expected = run(student, teacher, labels, ce_weight=1.0)
     assert torch.equal(expected[1], torch.zeros(classes))
-    assert [term[1].item() for term in expected_terms] == [0, 0, 0, 0, False, 0]
+    assert [term[1].item() for term in expected_terms] == [0, 0, 0, 0, 0, False, 0]
     assert expected[[0, 2]].isfinite().all()
     check(student[::2], teacher[::2], labels[::2], ce_weight=1.0)  # every other row
 
@@ -264,7 +281,7 @@ def test_scale_gradient(rows: int, classes: int) -> None:
 def test_no_rows() -> None:
     empty = torch.zeros(0, 5, device=DEVICE)
     terms, gradient = run(empty, empty, torch.zeros(0, dtype=torch.int64, device=DEVICE))
-    assert [term.shape for term in terms] == 6 * [(0,)]
+    assert [term.shape for term in terms] == 7 * [(0,)]
     assert gradient.shape == (0, 5)
 
 
