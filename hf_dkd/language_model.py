@@ -89,6 +89,8 @@ class LanguageModelDistillation(DistillationSetup):
             return 'use_fused_linear is "never"'
         if settings.dkd_top_k or settings.dkd_standardize:
             return f"{'dkd_top_k' if settings.dkd_top_k else 'dkd_standardize'} looks at whole rows of logits"
+        if self._the_teacher.is_compiled:
+            return "the teacher is compiled"
         if is_deepspeed_zero3_enabled():
             return "ZeRO-3 has the teacher's weights only within its own forward"
         if self.is_fsdp_enabled and getattr(state.fsdp_plugin, "fsdp_version", 1) == 1:

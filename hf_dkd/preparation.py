@@ -135,7 +135,7 @@ class DistillationSetup(_Trainer):
         if self.teacher is None or self._prepared_student is self.model:
             return
         self._refuse_what_cannot_be_distilled()
-        self.teacher.prepare(self._student, self.args.device)
+        self.teacher.prepare(self._student, self.args.device, self.dkd_args.teacher_compile)
         order = None
         if self._known_head.has_named_classes:
             names, names_of_teacher = class_names_of(self._student), self.teacher.class_names

@@ -42,6 +42,7 @@ class Teacher:
         self.model = model
         self.adapter = adapter
         self.shares_student = False
+        self.is_compiled = False
         self._shared: list[nn.Module] = []
         self._label_names = None if label_names is None else list(label_names)
         self._main_input_name: str | None = None
@@ -129,8 +130,10 @@ class Teacher:
         """The names of the classes, in the order of the logits; None where unknown."""
         return self._label_names or class_names_of(self.model)
 
-    def prepare(self, student: nn.Module, device: torch.device) -> None:
+    def prepare(self, student: nn.Module, device: torch.device, compiled: bool = False) -> None:
         """Freeze the teacher and put it on `device`, where it is not placed already (quantized, dispatched, shared).
+
+        With `compiled` it runs under `torch.compile`, unless it shares the student's weights.
 
         Raises:
             ValueError: where the teacher is the student, or shares parameters that are trained.
@@ -154,6 +157,9 @@ class Teacher:
         if self.adapter is not None:
             self.model.set_adapter(self.adapter, inference_mode=True)  # type: ignore[operator]
         self.model.eval()
+        if compiled and not self.is_compiled:
+            self.model.compile()
+            self.is_compiled = True
         placed = getattr(self.model, "hf_device_map", None) or getattr(self.model, "is_quantized", False)
         if not placed:
             self.model.to(device)
@@ -197,6 +203,7 @@ class Teacher:
                 chosen["decoder_input_ids"] = prepare(labels=batch["labels"])
         if self._can_cache:
             chosen["use_cache"] = False
+        chosen |= dict.fromkeys(self._needless_outputs, False)
         return {name: self._cast(value) for name, value in chosen.items()}
 
     @torch.no_grad()
@@ -285,6 +292,12 @@ class Teacher:
         takes_any = any(p.kind is p.VAR_KEYWORD for p in self._parameters.values())
         generates = hasattr(model, "can_generate") and model.can_generate()
         return "use_cache" in self._parameters or (takes_any and generates)
+
+    @property
+    def _needless_outputs(self) -> list[str]:
+        # Where the config asks for them, all layers' outputs would be kept.
+        config = getattr(bare_model(self.model), "config", None)
+        return [name for name in ("output_hidden_states", "output_attentions") if getattr(config, name, False)]
 
     def _needs_decoder_inputs(self, chosen: Mapping[str, Any], batch: Mapping[str, Any]) -> bool:
         labels = batch.get("labels")

@@ -94,6 +94,9 @@ class DKDArgumentsMixin:
         default=None,
         metadata={"help": "Keywords of from_pretrained for the teacher, as JSON: dtype, attn_implementation, …"},
     )
+    teacher_compile: bool = field(
+        default=False, metadata={"help": "Run the teacher under torch.compile: minutes at first, then faster on a GPU."}
+    )
     use_fused_linear: str = field(
         default="auto",
         metadata={

@@ -304,3 +304,15 @@ class Anything(Linear):
 def test_a_forward_that_names_nothing_is_an_error_about_columns() -> None:
     with pytest.raises(ValueError, match="none of the columns"):
         prepared(Anything(), "vit").logits(ARCHITECTURES["vit"].batch())
+
+
+@pytest.mark.parametrize("name", ["bert", "vit", "llama", "t5"])
+def test_what_only_costs_memory_is_not_returned(name: str) -> None:
+    model, batch = ARCHITECTURES[name](seed=0)
+    model.config.output_hidden_states = True
+    returned: list[Any] = []
+    model.register_forward_hook(lambda module, args, output: returned.append(output))
+    logits = Teacher(model).logits(batch)
+    assert not [key for key in returned[0] if "hidden_states" in key and key != "encoder_last_hidden_state"]
+    assert "past_key_values" not in returned[0]
+    assert torch.equal(logits, returned[0].logits)

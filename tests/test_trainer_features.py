@@ -333,3 +333,18 @@ def test_the_model_card_tells_how_the_student_was_distilled(tmp_path, settings, 
     expected |= {"final training loss": f"{last['loss']:.4g}"}
     assert {name: table.get(name) for name in expected} == expected
     assert ("β" in table) is ("β" in rows)
+
+
+def test_a_compiled_teacher_teaches_alike(tmp_path, monkeypatch):
+    # The default backend needs a C++ compiler.
+    compile_module = nn.Module.compile
+    monkeypatch.setattr(nn.Module, "compile", lambda module: compile_module(module, backend="eager"))
+    torch._dynamo.reset()
+    counters.clear()
+    students = []
+    for compiled in (False, True):
+        student, teacher = vits()
+        trained(tmp_path, student, images(4), teacher, max_steps=2, teacher_compile=compiled)
+        students.append(student)
+    assert counters["stats"]["unique_graphs"] >= 1, "nothing was compiled"
+    assert_close(weights_of(students[1]), weights_of(students[0]))
