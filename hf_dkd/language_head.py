@@ -62,7 +62,9 @@ def language_head(model: nn.Module) -> LanguageHead | None:
     """The head of `model`, where it is one linear layer without an adapter; None otherwise."""
     bare = bare_model(model)
     layer = bare.get_output_embeddings() if isinstance(bare, PreTrainedModel) else None
-    if not isinstance(bare, PreTrainedModel) or type(layer) is not nn.Linear:
+    # FSDP2 makes classes of its own, which compute the same; those of adapters and quantization do not.
+    plain = isinstance(layer, nn.Linear) and type(layer).forward is nn.Linear.forward
+    if not isinstance(bare, PreTrainedModel) or not isinstance(layer, nn.Linear) or not plain:
         return None
     text = bare.config.get_text_config(decoder=True)
     scale = getattr(text, "logit_scale", None) or 1 / (getattr(text, "logits_scaling", None) or 1)
@@ -86,15 +88,20 @@ def first_tokens(batch: Mapping[str, Any]) -> dict[str, Any]:
 
 @torch.no_grad()
 def tried(
-    model: nn.Module, inputs: Mapping[str, Any], labels: Tensor | None = None, half_precision: bool = False
+    model: nn.Module,
+    head: LanguageHead | None,
+    inputs: Mapping[str, Any],
+    labels: Tensor | None = None,
+    half_precision: bool = False,
 ) -> Trial:
     """Run `model` once on `inputs`, a few tokens, in eval mode; training goes on as if it had not been.
 
     Args:
+        model: the model, in whatever wrapper it trains.
+        head: its `language_head`.
         labels: (B, L), where their logits stand, for a model whose `inputs` hold labels: its own loss is tried too.
         half_precision: products are rounded, as under autocast, and equal to the digits of that.
     """
-    head = language_head(model)
     seen: list[Tensor] = []
 
     def in_front(_: nn.Module, given: tuple[Tensor, ...]) -> None:

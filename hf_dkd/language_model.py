@@ -11,7 +11,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 
 from . import classes, objective, rows
 from .heads import Head, bare_model
-from .language_head import LanguageHead, Trial, first_tokens, tried
+from .language_head import LanguageHead, Trial, first_tokens, language_head, tried
 from .losses.fused_linear import fused_rows
 from .preparation import DistillationSetup
 
@@ -56,9 +56,9 @@ class LanguageModelDistillation(DistillationSetup):
         reason = self._why_the_hard_loss_differs(student_inputs)
         if reason is not None:
             return Trial(None, False, reason)
-        tokens = first_tokens(student_inputs)
-        half_precision = self.accelerator.mixed_precision != "no"
-        trial = tried(model, tokens, rows.aligned_labels(self._known_head, tokens, self.label_names), half_precision)
+        tokens, half_precision = first_tokens(student_inputs), self.accelerator.mixed_precision != "no"
+        labels = rows.aligned_labels(self._known_head, tokens, self.label_names)
+        trial = tried(model, language_head(self._student), tokens, labels, half_precision)
         if trial.head is None:
             return trial
         reason = self._why_logits_are_needed()

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers.utils import find_labels
 
 from .heads import auto_class_name, bare_model, head_of
-from .language_head import LanguageHead, Trial, tried
+from .language_head import LanguageHead, Trial, language_head, tried
 from .rows import logits_of
 
 TEACHER_PREFIX = "teacher_"
@@ -226,7 +226,7 @@ class Teacher:
     def trial(self, batch: Mapping[str, Any], half_precision: bool = False) -> Trial:
         """What a trial of the model on `batch`, a few tokens, shows of its head."""
         with self._acting():
-            return tried(self.model, self.inputs(batch), half_precision=half_precision)
+            return tried(self.model, language_head(self.model), self.inputs(batch), half_precision=half_precision)
 
     @contextmanager
     def _acting(self) -> Iterator[None]:

@@ -91,6 +91,7 @@ def step(
     evaluation = trainer.evaluate({str(count): data[-count:] for count in (5, 6, 7)})
     return {
         "world_size": args.world_size,
+        "fused": trainer._tried.head is not None,
         "gradients": keep.gradients,
         "logs": _logs(trainer),
         "evaluation": _without_timing(evaluation),

@@ -48,8 +48,13 @@ def whole(name: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]
     return step(name, 8, 1, str(tmp_path_factory.mktemp("whole")))
 
 
+def test_language_models_take_the_fused_loss(name: str, whole: dict[str, Any]) -> None:
+    assert whole["fused"] == (name in ("bert_mlm", "llama", "gpt2", "t5"))
+
+
 def assert_same_step(actual: dict[str, Any], whole: dict[str, Any]) -> None:
     assert_same_gradients(actual["gradients"], whole["gradients"])
+    assert actual["fused"] == whole["fused"]
     (logs,), (expected_logs,) = actual["logs"], whole["logs"]
     assert logs == pytest.approx(expected_logs, rel=1e-5)
     terms = ("loss", "tckd", "nckd", "teacher_agreement", "teacher_accuracy")
