@@ -156,10 +156,11 @@ def _block(
     (p, b), (p_rest, b_rest) = logs.exp()
     tckd = b * (log_b - log_p) + b_rest * (log_b_rest - log_p_rest)
     nckd = (gap / t_rest - target_gap) / temperature + (odds[1] - odds[0])
-    ce, ce_rest = -log_p, p_rest
+    ce, ce_rest, widest = -log_p, p_rest, odds.abs().amax(0)
     if ce_weight and temperature != 1:
         (hard_rest,), (hard_odds,) = _divided((student,), labels, 1.0, memory[3:])
         ce, ce_rest = -logsigmoid(hard_odds), torch.sigmoid(-hard_odds)
+        widest = torch.maximum(widest, hard_odds.abs())
     dkd = temperature**2 * _weighted(weights, tckd, nckd, b_rest)
     nothing, agrees = torch.zeros_like(tckd), _argmax(student) == _argmax(teacher)
     terms = RowTerms(ce if ce_weight else nothing, tckd, nckd, nothing, dkd, agrees, nothing.to(torch.uint8))
@@ -176,7 +177,7 @@ def _block(
             slope.addcmul_(hard_others, scale * ce_weight * ce_rest / hard_rest)
         slope.scatter_(1, labels, scale * at_target)
     # Rows with a mask or a fault, or with gaps too wide for the short cuts.
-    small = (odds.abs() < _WIDEST_ODDS).all(0) & (tckd + nckd + ce).isfinite()
+    small = (widest < _WIDEST_ODDS) & (tckd + nckd + ce).isfinite()
     if not small.all():
         wide = ~small.squeeze(1)
         exact = _block_by_autograd(student[wide], teacher[wide], labels[wide], weights, scale)
