@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .arithmetic import STUDENT_MASKS_MASS, check_logits, check_range, check_weight, checked_labels
-from .row_pass import STUDENT_MASKS, Partition, RowTerms, Weights, row_pass, terms_dtype
+from .row_pass import STUDENT_MASKS, Partition, RowTerms, Weights, kinds_of_terms, row_pass, terms_dtype
 
 
 class DKDOutput(NamedTuple):
@@ -119,7 +119,7 @@ class _RowLoss(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         wanted, gradient = ctx.needs_input_grad[0], None
         if torch.compiler.is_compiling() and partition is None:
-            factor = torch.as_tensor(scale, dtype=torch.float32, device=student.device)
+            factor = torch.as_tensor(scale, dtype=terms_dtype(student, teacher), device=student.device)
             *found, gradient = _row_pass_op(student, teacher, labels, list(weights), factor, ignore_index, wanted)
             terms = RowTerms(*found)
         else:
@@ -226,8 +226,7 @@ def _(
     ignore_index: int,
     wanted: bool,
 ) -> list[Tensor]:
-    dtype = terms_dtype(student, teacher)
-    kinds = [dtype] * 5 + [torch.bool, torch.uint8]
+    kinds = kinds_of_terms(terms_dtype(student, teacher))
     gradient = student if wanted else student[:0]
     return [torch.empty_like(labels, dtype=kind) for kind in kinds] + [
         torch.empty_like(gradient, memory_format=torch.contiguous_format)

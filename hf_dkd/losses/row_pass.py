@@ -81,6 +81,11 @@ def terms_dtype(student: Tensor, teacher: Tensor) -> torch.dtype:
     return torch.promote_types(torch.promote_types(student.dtype, teacher.dtype), torch.float32)
 
 
+def kinds_of_terms(dtype: torch.dtype) -> list[torch.dtype]:
+    """The type of each of the `RowTerms` of rows that are computed in `dtype`."""
+    return [dtype] * 5 + [torch.bool, torch.uint8]
+
+
 def row_pass(
     student: Tensor,
     teacher: Tensor,
@@ -263,5 +268,4 @@ def _at_rows(values: Tensor, chosen: Tensor | None, labels: Tensor) -> Tensor:
 
 
 def _no_rows(labels: Tensor, dtype: torch.dtype) -> RowTerms:
-    zeros = torch.zeros(labels.shape, dtype=dtype, device=labels.device)
-    return RowTerms(zeros, zeros, zeros, zeros, zeros, zeros.to(torch.bool), zeros.to(torch.uint8))
+    return RowTerms(*(torch.zeros(labels.shape, dtype=kind, device=labels.device) for kind in kinds_of_terms(dtype)))
