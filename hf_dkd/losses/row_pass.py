@@ -131,7 +131,7 @@ def row_pass(
                 block[1].masked_fill(left_out, 0),
                 block[2].masked_fill(left_out, 0),
             )
-            factor = None if gradient is None else scale * ~left_out
+            factor = None if gradient is None else scale * (~left_out).to(dtype)
         if memory is None:
             mixed = None if partition is None or partition.mixed is None else partition.mixed[rows]
             groups = None if partition is None else partition._replace(mixed=mixed)
