@@ -96,6 +96,8 @@ def weighted_rows(
 
     `scale` is a number or a scalar on the device, from which nothing is read.
     """
+    # Inside, where no graph is recorded, a leaf still asks for its gradient.
+    student = student if torch.is_grad_enabled() else student.detach()
     arguments = (student, teacher.detach(), labels, weights, partition, scale, summed, ignore_index, overwrite_student)
     loss, *terms = _RowLoss.apply(*arguments)
     return loss, RowTerms(*terms)
