@@ -50,6 +50,7 @@ def chunked_dkd_loss(
     Args:
         ce_weight: weight of the cross-entropy at the labels, ≥ 0.
         overwrite_student: the gradient may take the memory of `student_logits`, which then hold no logits any more.
+            Rows that share memory are left as they are.
 
     Raises:
         ValueError: as `dkd_loss`.
@@ -126,7 +127,7 @@ class _RowLoss(torch.autograd.Function):
             terms = RowTerms(*found)
         else:
             if wanted:
-                gradient = student.detach() if overwrite else empty_like(student)
+                gradient = student.detach() if overwrite and _apart(student) else empty_like(student)
             options: dict[str, Any] = {"ignore_index": ignore_index, "scale": scale, "gradient": gradient}
             terms = row_pass(student.detach(), teacher, labels, weights, partition, **options)
         rows = weights.ce_weight * terms.ce + terms.dkd if weights.ce_weight else terms.dkd
@@ -165,6 +166,11 @@ def empty_like(logits: Tensor) -> Tensor:
         return torch.empty_like(logits, memory_format=torch.contiguous_format)
     # NumPy asks the kernel for huge pages, without which the first touch of so much memory takes as long as the rest.
     return torch.from_numpy(np.empty(logits.numel() * logits.itemsize, np.uint8)).view(logits.dtype).view(logits.shape)
+
+
+def _apart(rows: Tensor) -> bool:
+    """Each row (N, C) has memory of its own: none is repeated, as `expand` does."""
+    return 0 < rows.shape[1] * rows.stride(1) <= rows.stride(0)
 
 
 def share_of_rows(kept: Tensor, reduction: str, dtype: torch.dtype) -> Tensor | float:
