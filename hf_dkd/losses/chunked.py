@@ -4,6 +4,7 @@ Zhao et al., *Decoupled Knowledge Distillation*, CVPR 2022 (arXiv 2203.08679). T
 fraction of the time and memory: see `row_pass` and `benchmarks/RESULTS.md`.
 """
 
+import math
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -121,29 +122,31 @@ class _RowLoss(torch.autograd.Function):
         overwrite: bool,
     ) -> tuple[Tensor, ...]:
         wanted, gradient = ctx.needs_input_grad[0], None
+        # In float16 the rest of the scale waits for the backward, whose factor may be a loss scale of thousands.
+        given = _room_in_float16(weights, partition) if student.dtype == torch.float16 else scale
         if torch.compiler.is_compiling() and partition is None:
-            factor = torch.as_tensor(scale, dtype=terms_dtype(student, teacher), device=student.device)
+            factor = torch.as_tensor(given, dtype=terms_dtype(student, teacher), device=student.device)
             *found, gradient = _row_pass_op(student, teacher, labels, list(weights), factor, ignore_index, wanted)
             terms = RowTerms(*found)
         else:
             if wanted:
                 gradient = student.detach() if overwrite and _apart(student) else empty_like(student)
-            options: dict[str, Any] = {"ignore_index": ignore_index, "scale": scale, "gradient": gradient}
+            options: dict[str, Any] = {"ignore_index": ignore_index, "scale": given, "gradient": gradient}
             terms = row_pass(student.detach(), teacher, labels, weights, partition, **options)
         rows = weights.ce_weight * terms.ce + terms.dkd if weights.ce_weight else terms.dkd
-        ctx.gradient = gradient
+        ctx.gradient, ctx.rest = gradient, 1.0 if given is scale else scale / given
         ctx.mark_non_differentiable(*terms)
         return (scale * rows.sum() if summed else scale * rows), *terms
 
     @staticmethod
     def backward(ctx: Any, of_loss: Tensor, *of_terms: Tensor) -> tuple[Tensor | None, ...]:
-        return scaled_once(ctx, of_loss), *[None] * 8
+        return scaled_once(ctx, of_loss * ctx.rest), *[None] * 8
 
 
 def scaled_once(ctx: Any, factor: Tensor) -> Tensor:
     """The gradient that was made in the forward times `factor`, a scalar or one for each row; `ctx` forgets it."""
     if torch.compiler.is_compiling():
-        return ctx.gradient * (factor if factor.ndim == 0 else factor.unsqueeze(1))
+        return (ctx.gradient * factor.reshape(-1, 1)).to(ctx.gradient.dtype)
     if torch.is_grad_enabled():
         raise RuntimeError(
             "This DKD loss has no second derivative, which create_graph=True asks for: its gradient is not a graph. "
@@ -155,8 +158,9 @@ def scaled_once(ctx: Any, factor: Tensor) -> Tensor:
             "A second backward through one DKD loss: its gradient was given away by the first. Compute the loss again, "
             "or use hf_dkd.dkd_loss with retain_graph=True."
         )
-    if factor.ndim:
-        return gradient.mul_(factor.unsqueeze(1))
+    # A scalar on a GPU would be rounded to float16 first, where 65,536 is infinite.
+    if factor.ndim or gradient.dtype == torch.float16:
+        return gradient.mul_(factor.reshape(-1, 1))
     return gradient if factor.device.type == "cpu" and factor == 1 else gradient.mul_(factor)
 
 
@@ -166,6 +170,13 @@ def empty_like(logits: Tensor) -> Tensor:
         return torch.empty_like(logits, memory_format=torch.contiguous_format)
     # NumPy asks the kernel for huge pages, without which the first touch of so much memory takes as long as the rest.
     return torch.from_numpy(np.empty(logits.numel() * logits.itemsize, np.uint8)).view(logits.dtype).view(logits.shape)
+
+
+def _room_in_float16(weights: Weights, partition: Partition | None) -> float:
+    """A power of two, which leaves the gradients of rows their digits, and below which float16 still has them."""
+    beta = weights.beta + (partition.second_beta if partition else 0.0)
+    largest = weights.temperature * (weights.alpha + beta) + weights.ce_weight
+    return 2.0 ** math.floor(math.log2(2**15 / max(largest, 1.0)))
 
 
 def _apart(rows: Tensor) -> bool:
