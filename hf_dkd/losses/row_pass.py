@@ -254,7 +254,7 @@ def _groups(teacher: Tensor, partition: Partition) -> Tensor:
 def _weighted(weights: Weights, tckd: Tensor, nckd: Tensor, b_rest: Tensor) -> Tensor:
     """α·TCKD + β·NCKD, or classical α·KL, where a weight of 0 removes its term even if that is infinite."""
     if weights.classical:
-        return weighted_sum(tckd + b_rest * nckd, nckd, weights.alpha, 0.0)
+        return weighted_sum(tckd + (b_rest * nckd).masked_fill(b_rest == 0, 0.0), nckd, weights.alpha, 0.0)
     return weighted_sum(tckd, nckd, weights.alpha, weights.beta)
 
 
