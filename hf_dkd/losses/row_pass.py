@@ -23,6 +23,8 @@ _BLOCK_BYTES = 2**22
 _BLOCK_BYTES_ON_DEVICE = 2**26
 # Of the target against the rest: beyond, the smaller of the two has few digits left in float32.
 _WIDEST_ODDS = 60.0
+# Of the largest logit and T: the quotient is rounded, by more than a teacher torn between two distant classes allows.
+_LARGEST_QUOTIENT = 128.0
 
 TEACHER_UNUSABLE = 1
 STUDENT_MASKS = 2
@@ -167,7 +169,8 @@ def _block(
         ce, ce_rest = -logsigmoid(hard_odds), torch.sigmoid(-hard_odds)
         widest = torch.maximum(widest, hard_odds.abs())
     dkd = temperature**2 * _weighted(weights, tckd, nckd, b_rest)
-    nothing, agrees = torch.zeros_like(tckd), _argmax(student) == _argmax(teacher)
+    tops = _argmax(student), _argmax(teacher)
+    nothing, agrees = torch.zeros_like(tckd), tops[0] == tops[1]
     terms = RowTerms(ce if ce_weight else nothing, tckd, nckd, nothing, dkd, agrees, nothing.to(torch.uint8))
     slope = None
     if scale is not None:
@@ -183,6 +186,9 @@ def _block(
         slope.scatter_(1, labels, scale * at_target)
     # Rows with a mask or a fault, or with gaps too wide for the short cuts.
     small = (widest < _WIDEST_ODDS) & (tckd + nckd + ce).isfinite()
+    if temperature != 1:
+        largest = torch.maximum(student.gather(1, tops[0]).abs(), teacher.gather(1, tops[1]).abs())
+        small &= largest < _LARGEST_QUOTIENT * temperature
     if not small.all():
         wide = ~small.squeeze(1)
         exact = _block_by_autograd(student[wide], teacher[wide], labels[wide], weights, scale)
