@@ -14,6 +14,9 @@ from tests.oracle import assert_within
 
 INF, EPS = torch.inf, torch.finfo(torch.float32).eps
 ROWS, CLASSES = 9, 11
+IGNORED = torch.tensor([1, 4])
+OPTIONS: dict[str, Any] = {"alpha": 0.5, "beta": 2.0, "temperature": 3.0, "ce_weight": 0.7}
+each_reduction = pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 
 WEIGHTS = [
     Weights(1.0, 1.0, 1.0),
@@ -50,6 +53,18 @@ def rows(scale: float = 3.0, count: int = ROWS, classes: int = CLASSES) -> tuple
     generator = torch.Generator().manual_seed(5)
     student, teacher = scale * torch.randn(2, count, classes, dtype=torch.float64, generator=generator)
     return student, teacher, torch.randint(classes, (count,), generator=generator)
+
+
+def some_ignored() -> tuple[Tensor, Tensor, Tensor]:
+    student, teacher, labels = rows()
+    return student, teacher, labels.index_fill(0, IGNORED, -100)
+
+
+def by_definition(student: Tensor, teacher: Tensor, labels: Tensor, reduction: str) -> Tensor:
+    """The loss of `OPTIONS` from `dkd_loss` and torch's cross-entropy."""
+    weighted = {name: value for name, value in OPTIONS.items() if name != "ce_weight"}
+    ce = cross_entropy(student, labels, reduction=reduction)
+    return 0.7 * ce + dkd_loss(student, teacher, labels, reduction=reduction, **weighted)
 
 
 def passed(*arguments: Any, gradient: Tensor | None = None, **options: Any) -> tuple[RowTerms, Tensor]:
