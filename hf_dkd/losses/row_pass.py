@@ -9,6 +9,7 @@ Blocks are small enough to stay in the processor's cache: memory is read and wri
 the logits exists but the gradient.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -158,6 +159,9 @@ def _block(
     torch.sub(teacher, student, out=gaps)
     target_gap = gaps.gather(1, labels)
     gap = gaps.scatter_(1, labels, 0.0).mul_(t_others).sum(1, keepdim=True)
+    if not gap.isfinite().all():
+        # A class that the teacher masks is at an infinite distance, which counts for nothing.
+        gap = gaps.masked_fill_(teacher == -math.inf, 0.0).sum(1, keepdim=True)
     # Probabilities of the target and of the rest; none is a difference, so that all keep their digits.
     (log_p, log_b), (log_p_rest, log_b_rest) = logs = logsigmoid(torch.stack((odds, -odds)))
     (p, b), (p_rest, b_rest) = logs.exp()
@@ -184,7 +188,7 @@ def _block(
         if ce_weight and temperature != 1:
             slope.addcmul_(hard_others, scale * ce_weight * ce_rest / hard_rest)
         slope.scatter_(1, labels, scale * at_target)
-    # Rows with a mask or a fault, or with gaps too wide for the short cuts.
+    # Rows with a masked target or a fault, or with gaps too wide for the short cuts.
     small = (widest < _WIDEST_ODDS) & (tckd + nckd + ce).isfinite()
     if temperature != 1:
         largest = torch.maximum(student.gather(1, tops[0]).abs(), teacher.gather(1, tops[1]).abs())
