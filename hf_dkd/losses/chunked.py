@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .arithmetic import STUDENT_MASKS_MASS, check_logits, check_range, check_weight, checked_labels
-from .row_pass import STUDENT_MASKS, Partition, RowTerms, Weights, row_pass, terms_dtype
+from .row_pass import STUDENT_MASKS, Partition, RowTerms, Weights, kinds_of_terms, row_pass, terms_dtype
 
 
 class DKDOutput(NamedTuple):
@@ -53,6 +53,7 @@ def chunked_dkd_loss(
     Args:
         ce_weight: weight of the cross-entropy at the labels, ≥ 0.
         overwrite_student: the gradient may take the memory of `student_logits`, which then hold no logits any more.
+            Rows that share memory are left as they are.
 
     Raises:
         ValueError: as `dkd_loss`.
@@ -99,6 +100,8 @@ def weighted_rows(
 
     `scale` is a number or a scalar on the device, from which nothing is read.
     """
+    # Inside, where no graph is recorded, a leaf still asks for its gradient.
+    student = student if torch.is_grad_enabled() else student.detach()
     arguments = (student, teacher.detach(), labels, weights, partition, scale, summed, ignore_index, overwrite_student)
     loss, *terms = _RowLoss.apply(*arguments)
     return loss, RowTerms(*terms)
@@ -121,41 +124,30 @@ class _RowLoss(torch.autograd.Function):
         overwrite: bool,
     ) -> tuple[Tensor, ...]:
         wanted, gradient = ctx.needs_input_grad[0], None
+        # In float16 the rest of the scale waits for the backward, whose factor may be a loss scale of thousands.
+        given = _room_in_float16(weights, partition) if student.dtype == torch.float16 else scale
         if torch.compiler.is_compiling() and partition is None:
-            factor = torch.as_tensor(scale, dtype=torch.float32, device=student.device)
-            *found, gradient = _row_pass_op(
-                student,
-                teacher,
-                labels,
-                [*weights[:3], weights.ce_weight or 0.0, weights.classical],
-                factor,
-                ignore_index,
-                wanted,
-            )
+            factor = torch.as_tensor(given, dtype=terms_dtype(student, teacher), device=student.device)
+            numbers = [*weights[:3], weights.ce_weight or 0.0, weights.classical]
+            *found, gradient = _row_pass_op(student, teacher, labels, numbers, factor, ignore_index, wanted)
             terms = RowTerms(*found)
         else:
             if wanted:
-                gradient = student.detach() if overwrite else empty(student.shape, student.dtype, student.device)
-            options: dict[str, Any] = {"ignore_index": ignore_index, "scale": scale, "gradient": gradient}
+                in_place = overwrite and _apart(student)
+                gradient = student.detach() if in_place else empty(student.shape, student.dtype, student.device)
+            options: dict[str, Any] = {"ignore_index": ignore_index, "scale": given, "gradient": gradient}
             terms = row_pass(student.detach(), teacher, labels, weights, partition, **options)
         rows = weights.ce_weight * terms.ce + terms.dkd if weights.ce_weight else terms.dkd
-        ctx.gradient = gradient
+        ctx.gradient, ctx.rest = gradient, 1.0 if given is scale else scale / given
         ctx.mark_non_differentiable(*terms)
         return (scale * rows.sum() if summed else scale * rows), *terms
 
     @staticmethod
     def backward(ctx: Any, of_loss: Tensor, *of_terms: Tensor) -> tuple[Tensor | None, ...]:
-        factor = of_loss.unsqueeze(1) if of_loss.ndim else of_loss
+        factor = of_loss * ctx.rest
         if torch.compiler.is_compiling():
-            return ctx.gradient * factor, *[None] * 8
-        gradient = given_away(ctx)
-        if of_loss.is_cuda and not of_loss.ndim and find_spec("triton") is not None:
-            from .triton_kernels import scale_gradient_
-
-            scale_gradient_(gradient, of_loss)
-        elif of_loss.device.type != "cpu" or of_loss.ndim or of_loss != 1:
-            gradient.mul_(factor)
-        return gradient, *[None] * 8
+            return (ctx.gradient * factor.reshape(-1, 1)).to(ctx.gradient.dtype), *[None] * 8
+        return times_factor(given_away(ctx), factor), *[None] * 8
 
 
 def given_away(ctx: Any) -> Any:
@@ -174,12 +166,37 @@ def given_away(ctx: Any) -> Any:
     return gradient
 
 
+def times_factor(gradient: Tensor, factor: Tensor) -> Tensor:
+    """`gradient` (N, C) in place times `factor`, a scalar or one for each row."""
+    if factor.is_cuda and not factor.ndim and find_spec("triton") is not None:
+        from .triton_kernels import scale_gradient_
+
+        scale_gradient_(gradient, factor)
+        return gradient
+    # A scalar on a device would be rounded to float16 first, where 65,536 is infinite.
+    if factor.ndim or gradient.dtype == torch.float16:
+        return gradient.mul_(factor.reshape(-1, 1))
+    return gradient if factor.device.type == "cpu" and factor == 1 else gradient.mul_(factor)
+
+
 def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Uninitialised memory."""
     if device.type != "cpu" or not math.prod(shape):
         return torch.empty(shape, dtype=dtype, device=device)
     # NumPy asks the kernel for huge pages, without which the first touch of so much memory takes as long as the rest.
     return torch.from_numpy(np.empty(math.prod(shape) * dtype.itemsize, np.uint8)).view(dtype).view(*shape)
+
+
+def _room_in_float16(weights: Weights, partition: Partition | None) -> float:
+    """A power of two, which leaves the gradients of rows their digits, and below which float16 still has them."""
+    beta = weights.beta + (partition.second_beta if partition else 0.0)
+    largest = weights.temperature * (weights.alpha + beta) + (weights.ce_weight or 0.0)
+    return 2.0 ** math.floor(math.log2(2**15 / max(largest, 1.0)))
+
+
+def _apart(rows: Tensor) -> bool:
+    """Each row (N, C) has memory of its own: none is repeated, as `expand` does."""
+    return 0 < rows.shape[1] * rows.stride(1) <= rows.stride(0)
 
 
 def share_of_rows(kept: Tensor, reduction: str, dtype: torch.dtype) -> Tensor | float:
@@ -243,7 +260,6 @@ def _(
     ignore_index: int,
     wanted: bool,
 ) -> list[Tensor]:
-    dtype = terms_dtype(student, teacher)
-    kinds = [dtype] * 5 + [torch.bool, torch.uint8]
+    kinds = kinds_of_terms(terms_dtype(student, teacher))
     gradient = student.new_empty(student.shape if wanted else (0,))
     return [torch.empty_like(labels, dtype=kind) for kind in kinds] + [gradient]

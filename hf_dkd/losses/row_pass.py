@@ -9,6 +9,7 @@ Blocks are small enough to stay in the processor's cache: memory is read and wri
 the logits exists but the gradient.
 """
 
+import math
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
@@ -24,6 +25,8 @@ _BLOCK_BYTES = 2**22
 _BLOCK_BYTES_ON_DEVICE = 2**26
 # Of the target against the rest: beyond, the smaller of the two has few digits left in float32.
 _WIDEST_ODDS = 60.0
+# Of the largest logit and T: the quotient is rounded, by more than a teacher torn between two distant classes allows.
+_LARGEST_QUOTIENT = 128.0
 
 TEACHER_UNUSABLE = 1
 STUDENT_MASKS = 2
@@ -83,6 +86,11 @@ def terms_dtype(student: Tensor, teacher: Tensor) -> torch.dtype:
     return torch.promote_types(torch.promote_types(student.dtype, teacher.dtype), torch.float32)
 
 
+def kinds_of_terms(dtype: torch.dtype) -> list[torch.dtype]:
+    """The type of each of the `RowTerms` of rows that are computed in `dtype`."""
+    return [dtype] * 5 + [torch.bool, torch.uint8]
+
+
 def row_pass(
     student: Tensor,
     teacher: Tensor,
@@ -132,7 +140,7 @@ def row_pass(
                 block[1].masked_fill(left_out, 0),
                 block[2].masked_fill(left_out, 0),
             )
-            factor = None if gradient is None else scale * ~left_out
+            factor = None if gradient is None else scale * (~left_out).to(dtype)
         if memory is None:
             mixed = None if partition is None or partition.mixed is None else partition.mixed[rows]
             groups = None if partition is None else partition._replace(mixed=mixed)
@@ -175,17 +183,22 @@ def _block(
     torch.sub(teacher, student, out=gaps)
     target_gap = gaps.gather(1, labels)
     gap = gaps.scatter_(1, labels, 0.0).mul_(t_others).sum(1, keepdim=True)
+    if not gap.isfinite().all():
+        # A class that the teacher masks is at an infinite distance, which counts for nothing.
+        gap = gaps.masked_fill_(teacher == -math.inf, 0.0).sum(1, keepdim=True)
     # Probabilities of the target and of the rest; none is a difference, so that all keep their digits.
     (log_p, log_b), (log_p_rest, log_b_rest) = logs = logsigmoid(torch.stack((odds, -odds)))
     (p, b), (p_rest, b_rest) = logs.exp()
     tckd = b * (log_b - log_p) + b_rest * (log_b_rest - log_p_rest)
     nckd = (gap / t_rest - target_gap) / temperature + (odds[1] - odds[0])
-    ce, ce_rest = -log_p, p_rest
+    ce, ce_rest, widest = -log_p, p_rest, odds.abs().amax(0)
     if with_ce and temperature != 1:
         (hard_rest,), (hard_odds,) = _divided((student,), labels, 1.0, memory[3:])
         ce, ce_rest = -logsigmoid(hard_odds), torch.sigmoid(-hard_odds)
+        widest = torch.maximum(widest, hard_odds.abs())
     dkd = temperature**2 * _weighted(weights, tckd, nckd, b_rest)
-    nothing, agrees = torch.zeros_like(tckd), _argmax(student) == _argmax(teacher)
+    tops = _argmax(student), _argmax(teacher)
+    nothing, agrees = torch.zeros_like(tckd), tops[0] == tops[1]
     terms = RowTerms(ce if with_ce else nothing, tckd, nckd, nothing, dkd, agrees, nothing.to(torch.uint8))
     slope = None
     if scale is not None:
@@ -199,8 +212,11 @@ def _block(
         if ce_weight and temperature != 1:
             slope.addcmul_(hard_others, scale * ce_weight * ce_rest / hard_rest)
         slope.scatter_(1, labels, scale * at_target)
-    # Rows with a mask or a fault, or with gaps too wide for the short cuts.
-    small = (odds.abs() < _WIDEST_ODDS).all(0) & (tckd + nckd + ce).isfinite()
+    # Rows with a masked target or a fault, or with gaps too wide for the short cuts.
+    small = (widest < _WIDEST_ODDS) & (tckd + nckd + ce).isfinite()
+    if temperature != 1:
+        largest = torch.maximum(student.gather(1, tops[0]).abs(), teacher.gather(1, tops[1]).abs())
+        small &= largest < _LARGEST_QUOTIENT * temperature
     if not small.all():
         wide = ~small.squeeze(1)
         exact = _block_by_autograd(student[wide], teacher[wide], labels[wide], weights, scale)
@@ -273,7 +289,7 @@ def _groups(teacher: Tensor, partition: Partition) -> Tensor:
 def _weighted(weights: Weights, tckd: Tensor, nckd: Tensor, b_rest: Tensor) -> Tensor:
     """α·TCKD + β·NCKD, or classical α·KL, where a weight of 0 removes its term even if that is infinite."""
     if weights.classical:
-        return weighted_sum(tckd + b_rest * nckd, nckd, weights.alpha, 0.0)
+        return weighted_sum(tckd + (b_rest * nckd).masked_fill(b_rest == 0, 0.0), nckd, weights.alpha, 0.0)
     return weighted_sum(tckd, nckd, weights.alpha, weights.beta)
 
 
@@ -287,5 +303,4 @@ def _at_rows(values: Tensor, chosen: Tensor | None, labels: Tensor) -> Tensor:
 
 
 def _no_rows(labels: Tensor, dtype: torch.dtype) -> RowTerms:
-    zeros = torch.zeros(labels.shape, dtype=dtype, device=labels.device)
-    return RowTerms(zeros, zeros, zeros, zeros, zeros, zeros.to(torch.bool), zeros.to(torch.uint8))
+    return RowTerms(*(torch.zeros(labels.shape, dtype=kind, device=labels.device) for kind in kinds_of_terms(dtype)))

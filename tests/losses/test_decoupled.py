@@ -1,6 +1,7 @@
 """The definition of the loss: the paper's numbers, the identities of its parts on drawn inputs, and its contract."""
 
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -12,13 +13,21 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from torch import Tensor
 
-from hf_dkd.losses import decoupled_kl, dkd_loss, kd_loss
+from hf_dkd.losses import chunked_dkd_loss, decoupled_kl, dkd_loss, kd_loss
 from tests import oracle
 from tests.oracle import assert_within, gradient_of, gradient_tolerance, non_target
 
 drawn = settings(deadline=None, derandomize=True)
+Loss = Callable[..., Tensor]
 temperatures = st.floats(0.5, 20.0)
 weights = st.floats(0.1, 8.0)
+
+
+def chunked(*args: Any, **options: Any) -> Tensor:
+    return chunked_dkd_loss(*args, **options).loss
+
+
+each_dkd_loss = pytest.mark.parametrize("dkd", [dkd_loss, chunked], ids=["dkd_loss", "chunked"])
 
 
 class Case(NamedTuple):
@@ -57,16 +66,17 @@ def normal(rows: int, classes: int, scale: float = 3.0) -> tuple[Tensor, Tensor,
     return student, teacher, torch.randint(classes, (rows,), generator=generator)
 
 
+@each_dkd_loss
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 4.0])
 @pytest.mark.parametrize("classes", [2, 3, 10, 1000])
-def test_values_and_gradients_are_those_of_the_paper(classes: int, temperature: float) -> None:
+def test_values_and_gradients_are_those_of_the_paper(dkd: Loss, classes: int, temperature: float) -> None:
     student, teacher, labels = normal(rows=32, classes=classes)
     case = Case(student, teacher, labels, temperature)
     for actual, expected in zip(case.parts(), oracle.divergences(*case)[:3], strict=True):
         assert_within(actual, expected, 1e-12 * (1 + expected))
 
     weighted = {"alpha": 0.5, "beta": 8.0, "temperature": temperature}
-    loss = partial(dkd_loss, teacher_logits=teacher, labels=labels, reduction="none", **weighted)
+    loss = partial(dkd, teacher_logits=teacher, labels=labels, reduction="none", **weighted)
     expected = oracle.dkd(student, teacher, labels, **weighted)
     assert_within(loss(student), expected, 1e-12 * (1 + expected))
     expected = gradient_of(lambda leaf: oracle.dkd(leaf, teacher, labels, **weighted), student)
@@ -82,14 +92,13 @@ def test_kd_is_tckd_plus_the_rest_of_the_mass_times_nckd(case: Case) -> None:
     assert_within(tckd + (1 - b) * nckd, kd, 1e-12 * (1 + kd + largest_odds))
 
 
+@each_dkd_loss
 @drawn
 @given(cases(), weights, weights)
-def test_gradient_is_the_one_derived_by_hand(case: Case, alpha: float, beta: float) -> None:
+def test_gradient_is_the_one_derived_by_hand(dkd: Loss, case: Case, alpha: float, beta: float) -> None:
     student, teacher, labels, temperature = case
     weighted = {"alpha": alpha, "beta": beta, "temperature": temperature}
-    gradient = gradient_of(
-        partial(dkd_loss, teacher_logits=teacher, labels=labels, reduction="sum", **weighted), student
-    )
+    gradient = gradient_of(partial(dkd, teacher_logits=teacher, labels=labels, reduction="sum", **weighted), student)
     expected = oracle.dkd_gradient(student, teacher, labels, **weighted)
     size = temperature * (alpha + beta)
     assert_within(gradient, expected, gradient_tolerance(expected, size))
@@ -160,9 +169,10 @@ def test_rows_that_differ_are_at_a_positive_distance(case: Case, change: float, 
         assert (nckd > 0).all()
 
 
+@each_dkd_loss
 @drawn
 @given(cases(magnitude=1e3), weights, weights)
-def test_float32_is_float64_up_to_rounding(case: Case, alpha: float, beta: float) -> None:
+def test_float32_is_float64_up_to_rounding(dkd: Loss, case: Case, alpha: float, beta: float) -> None:
     case = case._replace(student=case.student.float(), teacher=case.teacher.float())
     exact = case._replace(student=case.student.double(), teacher=case.teacher.double())
     bound = 64 * torch.finfo(torch.float32).eps * case.scale()
@@ -173,7 +183,7 @@ def test_float32_is_float64_up_to_rounding(case: Case, alpha: float, beta: float
 
     student, teacher, labels, temperature = case
     weighted = {"alpha": alpha, "beta": beta, "temperature": temperature, "reduction": "none"}
-    loss = dkd_loss(student, teacher, labels, **weighted)
+    loss = dkd(student, teacher, labels, **weighted)
     expected = dkd_loss(student.double(), teacher.double(), labels, **weighted)
     bound = temperature**2 * (alpha + beta) * bound
     assert loss.dtype == torch.float32
@@ -184,6 +194,7 @@ def test_float32_is_float64_up_to_rounding(case: Case, alpha: float, beta: float
 # --- The contract: dtypes, rows, reductions, refusals ---
 
 
+@each_dkd_loss
 @pytest.mark.parametrize(
     ("student_dtype", "teacher_dtype", "expected"),
     [
@@ -197,40 +208,42 @@ def test_float32_is_float64_up_to_rounding(case: Case, alpha: float, beta: float
     ],
 )
 def test_results_are_float32_unless_an_input_is_float64(
-    student_dtype: torch.dtype, teacher_dtype: torch.dtype, expected: torch.dtype
+    dkd: Loss, student_dtype: torch.dtype, teacher_dtype: torch.dtype, expected: torch.dtype
 ) -> None:
     student, teacher, labels = normal(rows=4, classes=5)
     student, teacher = student.to(student_dtype), teacher.to(teacher_dtype)
-    results = *decoupled_kl(student, teacher, labels), dkd_loss(student, teacher, labels), kd_loss(student, teacher)
+    results = *decoupled_kl(student, teacher, labels), dkd(student, teacher, labels), kd_loss(student, teacher)
     exact = student.double(), teacher.double()
     references = *decoupled_kl(*exact, labels), dkd_loss(*exact, labels), kd_loss(*exact)
     for result, reference in zip(results, references, strict=True):
         assert result.dtype == expected
         assert_within(result, reference, 64 * torch.finfo(expected).eps * 16)
-    assert gradient_of(lambda leaf: dkd_loss(leaf, teacher, labels), student).dtype == student_dtype
+    assert gradient_of(lambda leaf: dkd(leaf, teacher, labels), student).dtype == student_dtype
 
 
+@each_dkd_loss
 @pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64])
-def test_labels_of_any_integer_type_are_class_indices(dtype: torch.dtype) -> None:
+def test_labels_of_any_integer_type_are_class_indices(dkd: Loss, dtype: torch.dtype) -> None:
     student, teacher, _ = normal(rows=4, classes=1000)
     # 156 is what -100 wraps to among eight bits.
     labels = torch.tensor([0, 5, 127, 126 if dtype == torch.int8 else 156])
-    loss = partial(dkd_loss, student, teacher, reduction="none")
+    loss = partial(dkd, student, teacher, reduction="none")
     assert torch.equal(loss(labels.to(dtype)), loss(labels))
 
 
+@each_dkd_loss
 @pytest.mark.parametrize("ignore_index", [-100, -1, 7, 300])
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 3.0])
-def test_ignored_rows_are_left_out_whatever_they_hold(value: float, ignore_index: int) -> None:
+def test_ignored_rows_are_left_out_whatever_they_hold(dkd: Loss, value: float, ignore_index: int) -> None:
     student, teacher, labels = normal(rows=6, classes=5)
     ignored = torch.tensor([True, False, False, True, False, False])
     kept = student[~ignored], teacher[~ignored], labels[~ignored]
     labels[ignored] = ignore_index
     student[0] = teacher[3] = value
     teacher[0, 1:] = student[3, 2] = -value
-    loss = partial(dkd_loss, teacher_logits=teacher, labels=labels, temperature=2.0, ignore_index=ignore_index)
-    rows = dkd_loss(*kept, temperature=2.0, reduction="none")
-    kept_gradient = gradient_of(lambda leaf: dkd_loss(leaf, *kept[1:], temperature=2.0, reduction="sum"), kept[0])
+    loss = partial(dkd, teacher_logits=teacher, labels=labels, temperature=2.0, ignore_index=ignore_index)
+    rows = dkd(*kept, temperature=2.0, reduction="none")
+    kept_gradient = gradient_of(lambda leaf: dkd(leaf, *kept[1:], temperature=2.0, reduction="sum"), kept[0])
 
     assert torch.equal(loss(student, reduction="none"), torch.zeros(6).double().masked_scatter(~ignored, rows))
     assert_within(loss(student, reduction="sum"), rows.sum(), 1e-13)
@@ -241,11 +254,12 @@ def test_ignored_rows_are_left_out_whatever_they_hold(value: float, ignore_index
         assert_within(gradient[~ignored], kept_gradient / divisor, 1e-15)
 
 
+@each_dkd_loss
 @pytest.mark.parametrize("rows", [0, 3])
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-def test_a_batch_with_no_labelled_row_is_a_connected_zero(rows: int, reduction: str) -> None:
+def test_a_batch_with_no_labelled_row_is_a_connected_zero(dkd: Loss, rows: int, reduction: str) -> None:
     student, teacher = torch.full((2, rows, 5), math.nan)
-    loss = partial(dkd_loss, teacher_logits=teacher, labels=torch.full((rows,), -100), reduction=reduction)
+    loss = partial(dkd, teacher_logits=teacher, labels=torch.full((rows,), -100), reduction=reduction)
     assert torch.equal(loss(student), torch.zeros(rows) if reduction == "none" else torch.tensor(0.0))
     assert torch.equal(gradient_of(loss, student), torch.zeros(rows, 5))
 
@@ -290,8 +304,9 @@ def test_what_is_refused_is_named(changed: dict[str, Any], message: str) -> None
         "labels": torch.tensor([0, 1]),
     }
     given = accepted | changed
-    with pytest.raises(ValueError, match=message):
-        dkd_loss(**given)
+    for dkd in (dkd_loss, chunked):
+        with pytest.raises(ValueError, match=message):
+            dkd(**given)
     if not changed.keys() & {"alpha", "beta", "reduction", "ignore_index"}:
         with pytest.raises(ValueError, match=message):
             decoupled_kl(**given)

@@ -4,26 +4,34 @@ import math
 from collections.abc import Callable
 from functools import partial
 from itertools import product
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from hf_dkd.losses import decoupled_kl, dkd_loss, kd_loss
+from hf_dkd.losses import chunked_dkd_loss, decoupled_kl, dkd_loss, kd_loss
 from tests import oracle
 from tests.oracle import assert_within, gradient_of, gradient_tolerance, non_target
 
 INF = math.inf
 LABELS = torch.tensor([0, 1, 2, 3])
 
+
+def chunked(*args: Any, **options: Any) -> Tensor:
+    return chunked_dkd_loss(*args, **options).loss
+
+
 # Every public function as a number for each row of (student, teacher, labels).
 LOSSES: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "decoupled_kl": lambda student, teacher, labels: sum(decoupled_kl(student, teacher, labels)),
     "dkd_loss": partial(dkd_loss, alpha=0.5, beta=2.0, temperature=2.0, reduction="none"),
+    "chunked": partial(chunked, alpha=0.5, beta=2.0, temperature=2.0, reduction="none"),
     "kd_loss": lambda student, teacher, labels: kd_loss(student, teacher, temperature=2.0, reduction="none"),
 }
 each_loss = pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
 each_decoupled_loss = pytest.mark.parametrize("loss", [LOSSES["decoupled_kl"], LOSSES["dkd_loss"]])
+each_dkd_loss = pytest.mark.parametrize("dkd", [dkd_loss, chunked], ids=["dkd_loss", "chunked"])
 
 
 def pair(rows: int = 4, classes: int = 6, scale: float = 1.0, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -73,7 +81,8 @@ def test_cold_models_differ_by_the_margin_of_the_teachers_choice() -> None:
     assert_within(gradient, expected, gradient_tolerance(expected, 2 * T / len(LABELS)))
 
 
-def test_cold_models_that_hardly_differ_are_those_of_the_paper() -> None:
+@each_dkd_loss
+def test_cold_models_that_hardly_differ_are_those_of_the_paper(dkd: Callable[..., Tensor]) -> None:
     T = 0.01
     student, teacher = pair(scale=0.02)
     assert student.div(T).softmax(1).amax(1).max() < 0.99, "the rows are to be soft at this temperature"
@@ -82,7 +91,7 @@ def test_cold_models_that_hardly_differ_are_those_of_the_paper() -> None:
     expected = oracle.divergences(student, teacher, LABELS, T)[:3]
     for part, expected_part in zip((tckd, nckd, kd), expected, strict=True):
         assert_within(part, expected_part, 1e-12)
-    loss = partial(dkd_loss, teacher_logits=teacher, labels=LABELS, temperature=T, reduction="none")
+    loss = partial(dkd, teacher_logits=teacher, labels=LABELS, temperature=T, reduction="none")
     assert_within(loss(student), oracle.dkd(student, teacher, LABELS, temperature=T), 1e-12 * T**2)
     gradient = gradient_of(lambda leaf: oracle.dkd(leaf, teacher, LABELS, temperature=T), student)
     assert_within(gradient_of(loss, student), gradient, 1e-12 * gradient.abs().amax(1, keepdim=True))
@@ -115,6 +124,7 @@ def favour(logits: Tensor, what: str, gap: float, other: int) -> Tensor:
     return column(logits, LABELS, gap if what == "target" else -gap)
 
 
+@each_dkd_loss
 @pytest.mark.parametrize("teacher_favours", FAVOURS)
 @pytest.mark.parametrize("student_favours", FAVOURS)
 @pytest.mark.parametrize("temperature", [1.0, 4.0])
@@ -123,12 +133,18 @@ def favour(logits: Tensor, what: str, gap: float, other: int) -> Tensor:
     [(torch.float32, 120.0, 1e-4), (torch.bfloat16, 120.0, 2e-2), (torch.float16, 18.0, 1e-2)],
 )
 def test_wide_gaps_keep_their_values_and_gradients(
-    dtype: torch.dtype, gap: float, tolerance: float, temperature: float, student_favours: str, teacher_favours: str
+    dkd: Callable[..., Tensor],
+    dtype: torch.dtype,
+    gap: float,
+    tolerance: float,
+    temperature: float,
+    student_favours: str,
+    teacher_favours: str,
 ) -> None:
     student, teacher = pair(scale=temperature)
     student = favour(student, student_favours, gap * temperature, other=1).to(dtype)
     teacher = favour(teacher, teacher_favours, gap * temperature, other=2).to(dtype)
-    loss = partial(dkd_loss, teacher_logits=teacher, labels=LABELS, temperature=temperature, reduction="none")
+    loss = partial(dkd, teacher_logits=teacher, labels=LABELS, temperature=temperature, reduction="none")
     exact = student.double(), teacher.double(), LABELS
 
     expected = oracle.dkd(*exact, temperature=temperature)
@@ -143,6 +159,7 @@ def test_wide_gaps_keep_their_values_and_gradients(
     assert_within(gradient, expected, tolerance * expected.abs().amax(1, keepdim=True))
 
 
+@each_dkd_loss
 @pytest.mark.parametrize("temperature", [1.0, 4.0])
 @pytest.mark.parametrize(
     ("dtype", "gap", "tolerance"),
@@ -154,14 +171,14 @@ def test_wide_gaps_keep_their_values_and_gradients(
     ],
 )
 def test_two_models_confident_of_the_same_other_class_differ_by_rounding(
-    dtype: torch.dtype, gap: float, tolerance: float, temperature: float
+    dkd: Callable[..., Tensor], dtype: torch.dtype, gap: float, tolerance: float, temperature: float
 ) -> None:
     labels, alpha, beta = torch.arange(256) % 6, 0.5, 2.0
     student, teacher = pair(rows=256, scale=temperature)
     other = (labels + 1) % 6
     student, teacher = (column(logits, other, gap * temperature).to(dtype) for logits in (student, teacher))
     weighted = {"alpha": alpha, "beta": beta, "temperature": temperature}
-    loss = partial(dkd_loss, teacher_logits=teacher, labels=labels, reduction="none", **weighted)
+    loss = partial(dkd, teacher_logits=teacher, labels=labels, reduction="none", **weighted)
     exact = student.double(), teacher.double(), labels
     # All terms are differences of probabilities near 0 or near 1. Nothing underflows, but a probability near 1 has an
     # absolute error of float32's eps, however small the exact difference of two of them.
@@ -207,7 +224,10 @@ def assert_rounded_only(student: Tensor, teacher: Tensor, labels: Tensor, temper
 
     largest = torch.maximum(student.abs().amax(1), teacher.abs().amax(1)).double()
     bound = 64 * torch.finfo(torch.float32).eps * (1 + largest / temperature)
-    assert_within(parts(student, teacher), parts(student.double(), teacher.double()), bound)
+    expected = parts(student.double(), teacher.double())
+    assert_within(parts(student, teacher), expected, bound)
+    by_rows = chunked_dkd_loss(student, teacher, labels, temperature=temperature, reduction="none")
+    assert_within(torch.stack((by_rows.tckd, by_rows.nckd)), expected[:2], bound)
 
 
 # --- Masks: logits of -inf ---
@@ -276,6 +296,10 @@ def test_a_teacher_that_masks_all_but_the_target_is_refused(loss: Callable[..., 
 def test_a_broken_model_is_not_a_loss_of_zero(loss: Callable[..., Tensor], broken: str, value: float) -> None:
     logits = dict(zip(("student", "teacher"), pair(), strict=True))
     logits[broken][1, 4] = value
+    if loss is LOSSES["chunked"] and broken == "teacher":
+        with pytest.raises(ValueError, match="The teacher's row 1 cannot be distilled"):
+            loss(logits["student"], logits["teacher"], LABELS)
+        return
     rows = loss(logits["student"], logits["teacher"], LABELS)
     assert not rows[1].isfinite()
     assert rows[[0, 2, 3]].isfinite().all()
