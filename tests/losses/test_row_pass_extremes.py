@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from hf_dkd.losses import kd_loss
+from hf_dkd.losses import kd_loss, row_pass
 from hf_dkd.losses.row_pass import STUDENT_MASKS, TEACHER_UNUSABLE, Partition, Weights
 from hf_dkd.losses.row_pass import row_pass as pass_over
 from tests import oracle
@@ -93,8 +93,8 @@ def test_equal_rows_are_at_distance_zero(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("temperature", [1.0, 4.0])
-@pytest.mark.parametrize("of_teacher", [-62.0, -59.9, 3.0, 59.9, 62.0])
-@pytest.mark.parametrize("of_student", [-62.0, -60.0, -59.9, 59.9, 60.0, 62.0])
+@pytest.mark.parametrize("of_teacher", [-95.0, -62.0, -59.9, 3.0, 59.9, 62.0, 95.0])
+@pytest.mark.parametrize("of_student", [-95.0, -62.0, -60.0, -59.9, 59.9, 60.0, 62.0, 95.0])
 def test_both_sides_of_the_widest_odds_keep_their_digits(
     of_student: float, of_teacher: float, temperature: float
 ) -> None:
@@ -112,7 +112,7 @@ def test_both_sides_of_the_widest_odds_keep_their_digits(
     assert_within(terms.dkd, oracle.dkd(*exact), 1e-4 * oracle.dkd(*exact))
     slope = oracle.dkd_gradient(*exact)
     assert_within(gradient, slope, 1e-5 * slope.abs().amax(1, keepdim=True))
-    if of_student < 0 or of_student == of_teacher:
+    if of_student < 0 or of_student == of_teacher or 95.0 in odds:
         return
     # A confident student's smallest gradient, at a target that it holds with the probability 1 − e^−60.
     alone, of_target = Weights(1.0, 0.0, temperature), labels[:, None]
@@ -202,14 +202,33 @@ def test_faults_are_named_row_by_row(partition: Partition | None) -> None:
 
 
 @each_weights
-def test_masked_classes_are_as_if_absent(weights: Weights) -> None:
+@pytest.mark.parametrize("by_student", [True, False], ids=["both", "teacher"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_masked_classes_have_no_mass(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, by_student: bool, weights: Weights
+) -> None:
     student, teacher, labels = rows()
-    terms, gradient = passed(student, teacher, labels, weights)
-    padded = [torch.cat((logits, torch.full((ROWS, 3), -INF)), dim=1) for logits in (student, teacher)]
-    masked, slope = passed(*padded, labels, weights)
-    assert_same((*masked, slope[:, :CLASSES]), (*terms, gradient), 1e-12)
-    assert not slope[:, CLASSES:].any()
+    padding = torch.full((ROWS, 3), -INF)
+    student = torch.cat((student, padding if by_student else torch.zeros(ROWS, 3)), dim=1).to(dtype)
+    teacher = torch.cat((teacher, padding), dim=1).to(dtype)
+    alone = student[:, :CLASSES] if by_student else student
+    limit = teacher[:, :CLASSES] if by_student else teacher.clamp(min=-1e4)
+    wanted, slope = passed(alone, limit, labels, weights)
+    monkeypatch.setattr(row_pass, "_block_by_autograd", lambda *_: pytest.fail("the slow way"))
+    masked, gradient = passed(student, teacher, labels, weights)
+    rounding = 64 * torch.finfo(dtype).eps
+    assert_same((*masked, gradient[:, : slope.shape[1]]), (*wanted, slope), rounding)
     assert not masked.fault.any()
+    assert not gradient[:, CLASSES:].any() or not by_student
+
+
+def test_a_student_that_masks_what_is_left_of_a_teachers_mass_is_at_fault() -> None:
+    student, teacher, labels = rows()
+    teacher[2, 5], student[2, 5] = -1e5, -INF
+    teacher[:, 6] = -INF
+    labels[:] = 0
+    terms, _ = passed(student, teacher, labels, Weights(1.0, 1.0, 1.0))
+    assert terms.fault.tolist() == [STUDENT_MASKS if row == 2 else 0 for row in range(ROWS)]
 
 
 def test_the_first_of_equal_logits_is_the_choice() -> None:
