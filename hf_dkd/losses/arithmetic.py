@@ -108,6 +108,9 @@ def checked_labels(labels: Tensor, shape: torch.Size) -> Tensor:
 
 def check_range(labels: Tensor, num_classes: int) -> None:
     """Raise a `ValueError` for a label outside [0, num_classes); reads the device."""
-    outside = (labels < 0) | (labels >= num_classes)
-    if outside.any():
-        raise ValueError(f"label {labels[outside][0].item()} is outside [0, {num_classes}), the range of the classes.")
+    if not labels.numel():
+        return
+    low, high = (int(end) for end in labels.aminmax())
+    if low < 0 or high >= num_classes:
+        wrong = low if low < 0 else high
+        raise ValueError(f"label {wrong} is outside [0, {num_classes}), the range of the classes.")

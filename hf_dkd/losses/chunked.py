@@ -16,6 +16,9 @@ from torch import Tensor
 from .arithmetic import STUDENT_MASKS_MASS, check_logits, check_range, check_weight, checked_labels
 from .row_pass import STUDENT_MASKS, Partition, RowTerms, Weights, kinds_of_terms, row_pass, terms_dtype
 
+# Bytes from which huge pages are worth asking for.
+_HUGE = 2**22
+
 
 class DKDOutput(NamedTuple):
     """A loss and its parts; only `loss` carries a gradient.
@@ -66,7 +69,7 @@ def chunked_dkd_loss(
     labels = checked_labels(labels, student_logits.shape)
     kept = labels != ignore_index
     if not torch.compiler.is_compiling():
-        check_range(labels[kept], student_logits.shape[1])
+        check_range(torch.where(kept, labels, 0), student_logits.shape[1])
     weights = Weights(alpha, beta, temperature, ce_weight or None)
     scale = share_of_rows(kept, reduction, terms_dtype(student_logits, teacher_logits))
     loss, terms = weighted_rows(
@@ -100,54 +103,45 @@ def weighted_rows(
 
     `scale` is a number or a scalar on the device, from which nothing is read.
     """
-    # Inside, where no graph is recorded, a leaf still asks for its gradient.
-    student = student if torch.is_grad_enabled() else student.detach()
-    arguments = (student, teacher.detach(), labels, weights, partition, scale, summed, ignore_index, overwrite_student)
-    loss, *terms = _RowLoss.apply(*arguments)
-    return loss, RowTerms(*terms)
+    wanted = student.requires_grad and torch.is_grad_enabled()
+    gradient = None
+    # In float16 the rest of the scale waits for the backward, whose factor may be a loss scale of thousands.
+    given = _room_in_float16(weights, partition) if student.dtype == torch.float16 else scale
+    if torch.compiler.is_compiling() and partition is None:
+        factor = torch.as_tensor(given, dtype=terms_dtype(student, teacher), device=student.device)
+        numbers = [*weights[:3], weights.ce_weight or 0.0, weights.classical]
+        *found, gradient = _row_pass_op(
+            student.detach(), teacher.detach(), labels, numbers, factor, ignore_index, wanted
+        )
+        terms = RowTerms(*found)
+    else:
+        if wanted:
+            in_place = overwrite_student and _apart(student)
+            gradient = student.detach() if in_place else empty(student.shape, student.dtype, student.device)
+        options: dict[str, Any] = {"ignore_index": ignore_index, "scale": given, "gradient": gradient}
+        with torch.no_grad():
+            terms = row_pass(student.detach(), teacher.detach(), labels, weights, partition, **options)
+    rows = weights.ce_weight * terms.ce + terms.dkd if weights.ce_weight else terms.dkd
+    loss = scale * (rows.sum() if summed else rows)
+    if wanted:
+        loss = _WithGradient.apply(student, loss, gradient, 1.0 if given is scale else scale / given)
+    return loss, terms
 
 
-class _RowLoss(torch.autograd.Function):
-    """The rows' losses; the forward makes their gradient, the backward gives it away."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        student: Tensor,
-        teacher: Tensor,
-        labels: Tensor,
-        weights: Weights,
-        partition: Partition | None,
-        scale: Tensor | float,
-        summed: bool,
-        ignore_index: int,
-        overwrite: bool,
-    ) -> tuple[Tensor, ...]:
-        wanted, gradient = ctx.needs_input_grad[0], None
-        # In float16 the rest of the scale waits for the backward, whose factor may be a loss scale of thousands.
-        given = _room_in_float16(weights, partition) if student.dtype == torch.float16 else scale
-        if torch.compiler.is_compiling() and partition is None:
-            factor = torch.as_tensor(given, dtype=terms_dtype(student, teacher), device=student.device)
-            numbers = [*weights[:3], weights.ce_weight or 0.0, weights.classical]
-            *found, gradient = _row_pass_op(student, teacher, labels, numbers, factor, ignore_index, wanted)
-            terms = RowTerms(*found)
-        else:
-            if wanted:
-                in_place = overwrite and _apart(student)
-                gradient = student.detach() if in_place else empty(student.shape, student.dtype, student.device)
-            options: dict[str, Any] = {"ignore_index": ignore_index, "scale": given, "gradient": gradient}
-            terms = row_pass(student.detach(), teacher, labels, weights, partition, **options)
-        rows = weights.ce_weight * terms.ce + terms.dkd if weights.ce_weight else terms.dkd
-        ctx.gradient, ctx.rest = gradient, 1.0 if given is scale else scale / given
-        ctx.mark_non_differentiable(*terms)
-        return (scale * rows.sum() if summed else scale * rows), *terms
+class _WithGradient(torch.autograd.Function):
+    """A loss whose gradient is known already: the backward gives it away."""
 
     @staticmethod
-    def backward(ctx: Any, of_loss: Tensor, *of_terms: Tensor) -> tuple[Tensor | None, ...]:
+    def forward(ctx: Any, student: Tensor, loss: Tensor, gradient: Tensor, rest: Tensor | float) -> Tensor:
+        ctx.gradient, ctx.rest = gradient, rest
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx: Any, of_loss: Tensor) -> tuple[Tensor | None, ...]:
         factor = of_loss * ctx.rest
         if torch.compiler.is_compiling():
-            return (ctx.gradient * factor.reshape(-1, 1)).to(ctx.gradient.dtype), *[None] * 8
-        return times_factor(given_away(ctx), factor), *[None] * 8
+            return (ctx.gradient * factor.reshape(-1, 1)).to(ctx.gradient.dtype), None, None, None
+        return times_factor(given_away(ctx), factor), None, None, None
 
 
 def given_away(ctx: Any) -> Any:
@@ -181,7 +175,7 @@ def times_factor(gradient: Tensor, factor: Tensor) -> Tensor:
 
 def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Uninitialised memory."""
-    if device.type != "cpu" or not math.prod(shape):
+    if device.type != "cpu" or math.prod(shape) * dtype.itemsize < _HUGE:
         return torch.empty(shape, dtype=dtype, device=device)
     # NumPy asks the kernel for huge pages, without which the first touch of so much memory takes as long as the rest.
     return torch.from_numpy(np.empty(math.prod(shape) * dtype.itemsize, np.uint8)).view(dtype).view(*shape)
@@ -203,13 +197,17 @@ def share_of_rows(kept: Tensor, reduction: str, dtype: torch.dtype) -> Tensor | 
     """What a sum over the rows that are `kept` (N,) is multiplied by in a `"mean"`, a `"sum"` or `"none"`."""
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f'reduction is {reduction!r}; expected "mean", "sum" or "none".')
-    return kept.sum().clamp(min=1).to(dtype).reciprocal() if reduction == "mean" else 1.0
+    if reduction != "mean":
+        return 1.0
+    if kept.device.type == "cpu" and not torch.compiler.is_compiling():
+        return 1 / max(int(kept.sum()), 1)
+    return kept.sum().clamp(min=1).to(dtype).reciprocal()
 
 
 def reduced_output(loss: Tensor, terms: RowTerms, scale: Tensor | float, reduction: str) -> DKDOutput:
     """The terms of rows beside a loss that is already reduced."""
-    parts = terms.ce, terms.tckd, terms.nckd, terms.agrees.to(terms.ce.dtype)
-    return DKDOutput(loss, *(parts if reduction == "none" else (scale * part.sum() for part in parts)))
+    parts = torch.stack((terms.ce, terms.tckd, terms.nckd, terms.agrees.to(terms.ce.dtype)))
+    return DKDOutput(loss, *(parts if reduction == "none" else parts.sum(1) * scale).unbind())
 
 
 def raise_on_fault(fault: Tensor) -> None:
@@ -247,7 +245,8 @@ def _row_pass_op(
         ignore_index=ignore_index,
         gradient=gradient if wanted else None,
     )
-    return [*terms, gradient]
+    # Operators must not return views of one memory.
+    return [*(term.clone() for term in terms), gradient]
 
 
 @_row_pass_op.register_fake

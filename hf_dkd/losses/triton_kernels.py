@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .row_pass import RowTerms, Weights
+from .row_terms import RowTerms, Weights
 from .triton_arithmetic import (
     argmax,
     exp2_below,

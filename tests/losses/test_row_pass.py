@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from hf_dkd.losses import decoupled_kl, grouped_kl, row_pass
+from hf_dkd.losses import cpu_kernels, decoupled_kl, grouped_kl, row_pass
 from hf_dkd.losses.row_pass import Partition, Weights
 from hf_dkd.losses.row_pass import row_pass as pass_over
 from tests.losses.row_pass_helpers import (
@@ -71,7 +71,7 @@ def test_the_size_of_blocks_does_not_matter(
     student[6] *= 1e3
     for _ in range(2):
         whole = passed(student, teacher, labels, weights, partition)
-        monkeypatch.setattr(row_pass, "_BLOCK_BYTES", size * CLASSES * student.itemsize)
+        monkeypatch.setattr(cpu_kernels, "_BLOCK_BYTES", size * CLASSES * student.itemsize)
         blocks = passed(student, teacher, labels, weights, partition)
         assert_same((*blocks[0], blocks[1]), (*whole[0], whole[1]), 1e-13)
         monkeypatch.undo()
@@ -144,7 +144,7 @@ class Elsewhere(Tensor):
 def test_masked_rows_have_the_numbers_of_chosen_rows(
     monkeypatch: pytest.MonkeyPatch, weights: Weights, partition: Partition | None, size: int
 ) -> None:
-    monkeypatch.setattr(row_pass, "_BLOCK_BYTES_ON_DEVICE", size * CLASSES * 8)
+    monkeypatch.setattr(row_pass, "_BLOCK_BYTES", dict.fromkeys(("cpu", "other"), size * CLASSES * 8))
     student, teacher, labels = rows()
     labels[[2, 5]] = -100
     student[2], teacher[5] = math.nan, INF
