@@ -26,6 +26,18 @@ class Rows(NamedTuple):
     """How many rows make up one example: one for each label of a multi-label head, whose mean counts."""
     by_teacher: Tensor | None = None
     """(R,) booleans, where the teacher chose the label."""
+    agrees: Tensor | None = None
+    """(R,) booleans, where the argmaxes are the same class, of rows whose last column stands for many classes."""
+    hits: Tensor | None = None
+    """(R,) booleans, where the teacher's argmax is the label, of such rows."""
+
+    def agreement(self) -> Tensor:
+        """(R,) booleans: the argmaxes of student and teacher are the same class."""
+        return self.student.argmax(1) == self.teacher.argmax(1) if self.agrees is None else self.agrees
+
+    def teacher_hits(self) -> Tensor:
+        """(R,) booleans: the teacher's argmax is the label."""
+        return self.teacher.argmax(1) == self.labels if self.hits is None else self.hits
 
 
 def check_labels(labels: Tensor, classes: int) -> None:
@@ -103,7 +115,7 @@ def aligned_rows(
     """
     teacher = in_order(teacher, order)
     student_classes, teacher_classes = student.shape[1], teacher.shape[1]
-    if head.has_vocabulary and _differ_in_padding(student_classes, teacher_classes):
+    if head.has_vocabulary and differ_in_padding(student_classes, teacher_classes):
         shared = min(student_classes, teacher_classes)
         student, teacher = student[:, :shared], teacher[:, :shared]
     if student.shape[1] != teacher.shape[1]:
@@ -178,7 +190,8 @@ def _rows_of_each_label(student: Tensor, teacher: Tensor, labels: Tensor, weight
     return Rows(student_pairs, teacher_pairs, targets.flatten(), per_example=student.shape[1])
 
 
-def _differ_in_padding(size: int, other: int) -> bool:
+def differ_in_padding(size: int, other: int) -> bool:
+    """Whether vocabularies of these sizes may be one, padded to different multiples."""
     difference, larger = abs(size - other), max(size, other)
     return difference < _MOST_PADDING_ROWS and 8 * difference <= larger
 

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from transformers import Trainer
 from transformers.trainer_utils import has_length
 
-from . import classes, objective, rows, targets
+from . import cached_teacher, classes, objective, rows, targets
 from .heads import Head
+from .losses.truncated import TopOutputs
 from .preparation import DistillationSetup
 from .teacher_check import TeacherCheck
 
@@ -19,7 +20,7 @@ from .teacher_check import TeacherCheck
 class TeacherRows(NamedTuple):
     """The teacher's half of a micro-batch, and what is needed to take the student's rows at the same places."""
 
-    rows: Tensor
+    rows: Tensor | TopOutputs
     labels: Tensor
     positions: Tensor | None
     visible: Tensor | None
@@ -265,13 +266,17 @@ class DistillationTraining(DistillationSetup):
         classes.check_one_label(head, labels)
         positions = rows.labelled_positions(head, labels)
         visible = inputs.get("attention_mask") if head is Head.QUESTION_ANSWERING else None
+        columns = self._the_teacher.columns_in(inputs)
+        top = cached_teacher.top_rows(inputs, positions)
+        if top is not None:
+            return TeacherRows(top, labels, positions, visible, None, by_teacher, columns)
         logits = self._teacher_logits(inputs) if logits is None else logits
         taken = rows.rows_at(logits, labels, positions, "teacher", visible)
         # Before the student's own loss fails on them with less to say.
         classes.check_labels(labels, taken.shape[1])
         weights = rows.class_weights(head, inputs, self.label_names)
         classes.check_weights(head, weights, taken)
-        return TeacherRows(taken, labels, positions, visible, weights, by_teacher, self._the_teacher.columns_in(inputs))
+        return TeacherRows(taken, labels, positions, visible, weights, by_teacher, columns)
 
     def _side_by_side(self, outputs: Any, teacher: TeacherRows, moment: str) -> classes.Rows:
         """The student's rows beside the teacher's, over the same classes and checked."""
@@ -279,6 +284,10 @@ class DistillationTraining(DistillationSetup):
         logits = rows.logits_of(outputs, "student", head)
         student_rows = rows.rows_at(logits, labels, positions, "student", visible)
         labels = labels.flatten() if positions is None else labels.flatten().index_select(0, positions)
+        if isinstance(teacher_rows, TopOutputs):
+            aligned = cached_teacher.aligned_rows(self._the_teacher, student_rows, teacher_rows, labels)
+            self._check_teacher(aligned, moment, columns)
+            return aligned
         aligned = classes.aligned_rows(head, student_rows, teacher_rows, labels, self._class_order, weights)
         if by_teacher is not None:
             by_teacher = by_teacher.flatten() if positions is None else by_teacher.flatten().index_select(0, positions)
@@ -288,10 +297,13 @@ class DistillationTraining(DistillationSetup):
                 f"Vocabularies of {student_rows.shape[1]} (student) and {teacher_rows.shape[1]} (teacher) rows: only "
                 f"the {aligned.student.shape[1]} that they share are distilled, the others are taken for padding."
             )
+        self._check_teacher(aligned, moment, columns)
+        return aligned
+
+    def _check_teacher(self, aligned: classes.Rows, moment: str, columns: list[str]) -> None:
         self._teacher_check.update(
             objective.unusable_teacher(aligned), objective.masking_student(aligned), moment, columns
         )
-        return aligned
 
     def _for_training_step(self, loss: Tensor, total: Tensor | int | None) -> Tensor:
         # Before `loss_is_scaled_for_ga`, `training_step` divides by the accumulation steps whatever `compute_loss` did.

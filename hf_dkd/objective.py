@@ -66,7 +66,7 @@ def distillation_sums(rows: Rows, settings: DKDArgumentsMixin) -> DistillationSu
         dkd=temperature**2 * total(terms),
         tckd=total(tckd.detach()),
         nckd=total(nckd.detach()),
-        teacher_agreement=total((rows.student.argmax(1) == rows.teacher.argmax(1)).float()),
+        teacher_agreement=total(rows.agreement().float()),
         top_k=None if top_k is None else total(top_k.detach()),
     )
 

@@ -1,0 +1,258 @@
+"""A teacher that has run: its outputs read from the columns that `cache_teacher_outputs` wrote."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from . import cache_format as layout
+from . import classes
+from .cache_format import Manifest, manifest_of
+from .fingerprint import teacher_fingerprint
+from .heads import Head
+from .losses.truncated import TopOutputs, truncated_logits
+from .targets import PER_EXAMPLE
+from .teacher import Teacher
+from .training_args import DKDArgumentsMixin
+
+_STALE = (
+    "The teacher did not see what the student is given now: in example {example} of the batch the column {column!r} is "
+    "not the one that the outputs were cached with. Train with the data, the collator and the labels of the cache: no "
+    "augmentation or masking drawn anew, no later map or truncation of that column (and an attention mask, where "
+    "batches are padded)."
+)
+
+
+class CachedTeacher(Teacher):
+    """The teacher whose outputs stand in a data set. `DKDTrainer` makes it of a cached `train_dataset` by itself.
+
+    Args:
+        cached: what `cache_teacher_outputs` returned, or its manifest.
+        live: the model too, which then runs on batches without cached outputs, such as those of an evaluation.
+
+    Raises:
+        ValueError: for a data set without a teacher's outputs, or another live teacher than theirs.
+    """
+
+    def __init__(self, cached: Any, live: Teacher | None = None) -> None:
+        manifest = cached if isinstance(cached, Manifest) else manifest_of(cached)
+        if manifest is None:
+            raise ValueError("The data set holds no outputs of a teacher: make it with cache_teacher_outputs.")
+        fingerprint = None if live is None else teacher_fingerprint(live)
+        if live is not None and fingerprint != manifest.fingerprint:
+            raise ValueError(
+                f"The data set holds the outputs of {manifest.teacher!r} (fingerprint {manifest.fingerprint}), and the "
+                f"teacher is {live.name!r} (fingerprint {fingerprint}), of other weights or another config. Leave the "
+                "teacher out to train on what is cached, or cache this one's outputs."
+            )
+        self.manifest, self.live, self.shares_student = manifest, live, False
+        self.columns = [*layout.COLUMNS, *manifest.columns]
+        if live is not None:
+            self.columns += live.columns
+
+    @property
+    def name(self) -> str:
+        """The name that the teacher had when it ran."""
+        return self.manifest.teacher
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """That of the live teacher."""
+        return None if self.live is None else self.live.dtype
+
+    @property
+    def class_names(self) -> list[str] | None:
+        """The names of the classes, in the order of the cached logits."""
+        return self.manifest.class_names
+
+    def prepare(self, student: nn.Module, device: torch.device) -> None:
+        """Place the live teacher, if there is one."""
+        if self.live is not None:
+            self.live.prepare(student, device)
+
+    def columns_in(self, batch: Mapping[str, Any]) -> list[str]:
+        """The cached columns of `batch`, or what the live teacher reads of it."""
+        cached = [name for name in layout.COLUMNS if name in batch]
+        return cached if cached or self.live is None else self.live.columns_in(batch)
+
+    def inputs(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """What the live teacher reads of `batch`."""
+        if self.live is None:
+            raise ValueError(
+                f"The batch has no cached outputs of {self.name!r}, which is not loaded: its columns are "
+                f"{', '.join(batch)}. Cache this data set's too, or give the teacher beside the cached data."
+            )
+        return self.live.inputs(batch)
+
+    def logits(self, batch: Mapping[str, Any]) -> Tensor:
+        """The cached logits in `batch`, zeros where none are kept; of a batch without any the live teacher's."""
+        if batch.get(layout.LOGITS) is not None:
+            return batch[layout.LOGITS]
+        self.inputs(batch)
+        assert self.live is not None
+        return self.live.logits(batch)
+
+
+@dataclass
+class CollatorWithTeacherOutputs:
+    """Collates the teacher's cached outputs beside the batch of the script's own `collator`.
+
+    They stand where the labels do, whatever side the collator pads. Examples without outputs are left to `collator`.
+
+    Raises:
+        ValueError: where an example is not the one that the outputs were cached with.
+    """
+
+    collator: Callable[[list[Any]], Mapping[str, Any]]
+    manifest: Manifest
+    label_names: Sequence[str]
+
+    def __call__(self, examples: list[Any]) -> Mapping[str, Any]:
+        if not any(name in examples[0] for name in layout.COLUMNS):
+            return self.collator(examples)
+        features = self.manifest.features()
+        lacking = [name for name in features if name not in examples[0]]
+        if lacking:
+            raise ValueError(
+                f"The examples lack {', '.join(lacking)} of the teacher's cached columns: let transforms keep them."
+            )
+        batch = dict(self.collator([{k: v for k, v in one.items() if k not in features} for one in examples]))
+        columns = {name: [np.asarray(one[name], kind.dtype) for one in examples] for name, kind in features.items()}
+        self._check(batch, columns.pop(layout.CHECK))
+        kept = layout.places(Head(self.manifest.head), batch, self.manifest.labelled, self.label_names)
+        for name, values in columns.items():
+            batch[name] = _tensor(np.stack(values)) if kept is None else _placed(values, kept)
+        return batch
+
+    def _check(self, batch: Mapping[str, Any], stored: list[np.ndarray]) -> None:
+        for name, now in layout.row_checks(batch, self.manifest.columns).items():
+            index = self.manifest.columns.index(name)
+            for example, (checks, check) in enumerate(zip(stored, now, strict=True)):
+                if checks[index] != check:
+                    raise ValueError(_STALE.format(example=example, column=name))
+
+
+def with_cached_outputs(trainer: Any, teacher: Teacher | None) -> Teacher | None:
+    """The trainer's teacher: the cached one, if its data sets hold outputs, whose collator then reads them."""
+    sets = trainer.eval_dataset
+    sets = [trainer.train_dataset, *(sets.values() if isinstance(sets, dict) else [sets])]
+    manifests = [manifest for one in sets if (manifest := manifest_of(one)) is not None]
+    if isinstance(teacher, CachedTeacher):
+        manifests.insert(0, teacher.manifest)
+    if not manifests:
+        return teacher
+    manifest = manifests[0]
+    for other in manifests[1:]:
+        if different := manifest.differences(other):
+            raise ValueError(f"The data sets hold different teacher outputs: {'; '.join(different)}.")
+    if hasattr(trainer.data_collator, "for_training"):
+        raise ValueError(
+            f"{type(trainer.data_collator).__name__} mixes examples anew for every batch, of which the cached teacher "
+            "knows nothing: train with the collator of the cache, or with the live teacher."
+        )
+    trainer.data_collator = CollatorWithTeacherOutputs(trainer.data_collator, manifest, trainer.label_names)
+    return teacher if isinstance(teacher, CachedTeacher) else CachedTeacher(manifest, teacher)
+
+
+def check_cache(teacher: Teacher, head: Head, settings: DKDArgumentsMixin, order: Sequence[int] | None) -> None:
+    """Raise a `ValueError` where what is cached does not go with the student's head, classes or the settings."""
+    if not isinstance(teacher, CachedTeacher):
+        return
+    manifest = teacher.manifest
+    cached = Head(manifest.head)
+    if cached is not head and not (cached in PER_EXAMPLE and head in PER_EXAMPLE):
+        raise ValueError(f"The cached outputs are those of a {cached} head, and the student has a {head} head.")
+    if settings.dkd_target == "teacher" and manifest.labelled and cached not in PER_EXAMPLE:
+        raise ValueError('dkd_target is "teacher", but outputs are cached for the tokens with a label alone.')
+    if manifest.top_k is None:
+        return
+    if settings.dkd_temperature != manifest.temperature:
+        raise ValueError(
+            f"dkd_temperature is {settings.dkd_temperature:g}, but what is cached beside the top {manifest.top_k} "
+            f"logits holds for {manifest.temperature:g} alone: train at that one, or cache with "
+            f"temperature={settings.dkd_temperature:g}."
+        )
+    for name in ("dkd_standardize", "dkd_top_k"):
+        if getattr(settings, name):
+            raise ValueError(f"{name} needs all logits, and {manifest.top_k} of each token are cached: leave it out.")
+    if order is not None:
+        raise ValueError(
+            "The student has the classes in another order than the cached outputs, whose targets' logits were taken in "
+            "that one: cache with label_names=[...], the student's names in their order."
+        )
+
+
+def has_logits(trainer: Any, batch: Mapping[str, Any]) -> bool:
+    """Whether the teacher's logits of `batch` can be had, all of each row; what lacks them is said once."""
+    teacher = trainer.teacher
+    return teacher is not None and (
+        not isinstance(teacher, CachedTeacher) or layout.LOGITS in batch or _runs(trainer, teacher, batch)
+    )
+
+
+def has_outputs(trainer: Any, batch: Mapping[str, Any]) -> bool:
+    """Whether the teacher's terms of `batch` can be computed."""
+    return layout.TOP_LOGITS in batch or has_logits(trainer, batch)
+
+
+def _runs(trainer: Any, teacher: CachedTeacher, batch: Mapping[str, Any]) -> bool:
+    if layout.TOP_LOGITS in batch:
+        return False
+    if teacher.live is None:
+        trainer._say(
+            "No outputs of the teacher are cached for the data that is evaluated: the terms with the teacher are left "
+            "out. Cache them too, or give the teacher beside the cached data."
+        )
+    return teacher.live is not None
+
+
+def top_rows(batch: Mapping[str, Any], positions: Tensor | None) -> TopOutputs | None:
+    """The cached top k of the tokens at `positions`; None where the batch has none."""
+    if positions is None or batch.get(layout.TOP_LOGITS) is None:
+        return None
+    columns = (batch[name] for name in (layout.TOP_LOGITS, layout.TOP_INDICES, layout.TARGET, layout.REST))
+    logits, indices, target, rest = (values.flatten(0, 1).index_select(0, positions) for values in columns)
+    return TopOutputs(logits, indices.long(), target, rest)
+
+
+def aligned_rows(teacher: Teacher, student: Tensor, top: TopOutputs, labels: Tensor) -> classes.Rows:
+    """Rows of k + 2 classes: the top k, the target and the tail as one."""
+    assert isinstance(teacher, CachedTeacher)
+    manifest, number = teacher.manifest, student.shape[1]
+    size, head = manifest.num_classes, Head(manifest.head)
+    padded = head.has_vocabulary and classes.differ_in_padding(number, size)
+    if padded and number < size:
+        raise ValueError(
+            f"The student has {number} rows in its vocabulary, and the cached outputs are over {size}, whose padding "
+            f"rows are in the mass of the rest: cache with num_classes={number}."
+        )
+    if number != size and not padded:
+        raise ValueError(classes.other_classes(head, number, size))
+    student = student[:, :size]
+    classes.check_labels(labels, size)
+    best, labels = top.indices[:, 0], labels.long()
+    rows = truncated_logits(student, top, labels, manifest.temperature)
+    return classes.Rows(*rows, agrees=student.detach().argmax(1) == best, hits=best == labels)
+
+
+def _tensor(values: np.ndarray) -> Tensor:
+    return torch.from_numpy(values.astype(np.int32) if values.dtype.kind == "u" else values)
+
+
+def _placed(values: list[np.ndarray], kept: Tensor) -> Tensor:
+    """The rows of each example at the places that are kept, (B, L, …), and zeros elsewhere."""
+    stored = np.array([len(one) for one in values])
+    counts = kept.sum(1).cpu().numpy()
+    if (stored != counts).any():
+        example = int((stored != counts).argmax())
+        raise ValueError(
+            f"Example {example} of the batch has {counts[example]} tokens to distil, and outputs are cached for "
+            f"{stored[example]}: the labels are not those of the cache."
+        )
+    rows = _tensor(np.concatenate(values))
+    placed = rows.new_zeros(*kept.shape, *rows.shape[1:])
+    placed[kept] = rows
+    return placed
