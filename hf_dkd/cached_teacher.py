@@ -1,29 +1,21 @@
 """A teacher that has run: its outputs read from the columns that `cache_teacher_outputs` wrote."""
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from . import cache_format as layout
 from . import classes
 from .cache_format import Manifest, manifest_of
+from .cached_collator import CollatorWithTeacherOutputs
 from .fingerprint import teacher_fingerprint
 from .heads import Head
 from .losses.truncated import TopOutputs, truncated_logits
 from .targets import PER_EXAMPLE
 from .teacher import Teacher
 from .training_args import DKDArgumentsMixin
-
-_STALE = (
-    "The teacher did not see what the student is given now: in example {example} of the batch the column {column!r} is "
-    "not the one that the outputs were cached with. Train with the data, the collator and the labels of the cache: no "
-    "augmentation or masking drawn anew, no later map or truncation of that column (and an attention mask, where "
-    "batches are padded)."
-)
 
 
 class CachedTeacher(Teacher):
@@ -96,45 +88,6 @@ class CachedTeacher(Teacher):
         return self.live.logits(batch)
 
 
-@dataclass
-class CollatorWithTeacherOutputs:
-    """Collates the teacher's cached outputs beside the batch of the script's own `collator`.
-
-    They stand where the labels do, whatever side the collator pads. Examples without outputs are left to `collator`.
-
-    Raises:
-        ValueError: where an example is not the one that the outputs were cached with.
-    """
-
-    collator: Callable[[list[Any]], Mapping[str, Any]]
-    manifest: Manifest
-    label_names: Sequence[str]
-
-    def __call__(self, examples: list[Any]) -> Mapping[str, Any]:
-        if not any(name in examples[0] for name in layout.COLUMNS):
-            return self.collator(examples)
-        features = self.manifest.features()
-        lacking = [name for name in features if name not in examples[0]]
-        if lacking:
-            raise ValueError(
-                f"The examples lack {', '.join(lacking)} of the teacher's cached columns: let transforms keep them."
-            )
-        batch = dict(self.collator([{k: v for k, v in one.items() if k not in features} for one in examples]))
-        columns = {name: [np.asarray(one[name], kind.dtype) for one in examples] for name, kind in features.items()}
-        self._check(batch, columns.pop(layout.CHECK))
-        kept = layout.places(Head(self.manifest.head), batch, self.manifest.labelled, self.label_names)
-        for name, values in columns.items():
-            batch[name] = _tensor(np.stack(values)) if kept is None else _placed(values, kept)
-        return batch
-
-    def _check(self, batch: Mapping[str, Any], stored: list[np.ndarray]) -> None:
-        for name, now in layout.row_checks(batch, self.manifest.columns).items():
-            index = self.manifest.columns.index(name)
-            for example, (checks, check) in enumerate(zip(stored, now, strict=True)):
-                if checks[index] != check:
-                    raise ValueError(_STALE.format(example=example, column=name))
-
-
 def with_cached_outputs(trainer: Any, teacher: Teacher | None) -> Teacher | None:
     """The trainer's teacher: the cached one, if its data sets hold outputs, whose collator then reads them."""
     sets = trainer.eval_dataset
@@ -142,6 +95,12 @@ def with_cached_outputs(trainer: Any, teacher: Teacher | None) -> Teacher | None
     manifests = [manifest for one in sets if (manifest := manifest_of(one)) is not None]
     if isinstance(teacher, CachedTeacher):
         manifests.insert(0, teacher.manifest)
+    elif any(layout.CHECK in (getattr(one, "column_names", None) or ()) for one in sets) and not manifests:
+        raise ValueError(
+            "The data set holds a teacher's outputs, but a map that returned their columns took away what tells where "
+            "they come from: return the new columns alone, or pass teacher=CachedTeacher(cached), with cached the data "
+            "set before that map."
+        )
     if not manifests:
         return teacher
     manifest = manifests[0]
@@ -236,23 +195,3 @@ def aligned_rows(teacher: Teacher, student: Tensor, top: TopOutputs, labels: Ten
     best, labels = top.indices[:, 0], labels.long()
     rows = truncated_logits(student, top, labels, manifest.temperature)
     return classes.Rows(*rows, agrees=student.detach().argmax(1) == best, hits=best == labels)
-
-
-def _tensor(values: np.ndarray) -> Tensor:
-    return torch.from_numpy(values.astype(np.int32) if values.dtype.kind == "u" else values)
-
-
-def _placed(values: list[np.ndarray], kept: Tensor) -> Tensor:
-    """The rows of each example at the places that are kept, (B, L, …), and zeros elsewhere."""
-    stored = np.array([len(one) for one in values])
-    counts = kept.sum(1).cpu().numpy()
-    if (stored != counts).any():
-        example = int((stored != counts).argmax())
-        raise ValueError(
-            f"Example {example} of the batch has {counts[example]} tokens to distil, and outputs are cached for "
-            f"{stored[example]}: the labels are not those of the cache."
-        )
-    rows = _tensor(np.concatenate(values))
-    placed = rows.new_zeros(*kept.shape, *rows.shape[1:])
-    placed[kept] = rows
-    return placed

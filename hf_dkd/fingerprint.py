@@ -10,7 +10,7 @@ from .heads import bare_model
 from .teacher import Teacher
 
 # What the config says of where it came from, and not of what the model computes.
-_NOT_OF_THE_MODEL = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache")
+_NOT_OF_THE_MODEL = ("_name_or_path", "architectures", "transformers_version", "dtype", "torch_dtype", "use_cache")
 
 
 def teacher_fingerprint(teacher: Teacher) -> str:
@@ -23,13 +23,14 @@ def teacher_fingerprint(teacher: Teacher) -> str:
     config: Any = getattr(bare_model(model), "config", None)
     settings = {} if config is None else config.to_dict()
     kept = {name: value for name, value in settings.items() if name not in _NOT_OF_THE_MODEL}
+    digest.update(type(bare_model(model)).__name__.encode())
     digest.update(json.dumps(kept, sort_keys=True, default=str).encode())
     unused = _unused_adapters(teacher)
     for name, weight in sorted(model.state_dict().items()):
         if isinstance(weight, torch.Tensor) and not unused & set(name.split(".")):
             digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
             data = weight.detach().cpu().contiguous().flatten().view(torch.uint8)
-            digest.update(memoryview(data.numpy()))
+            digest.update(data.numpy().data)
     return digest.hexdigest()
 
 
