@@ -162,16 +162,17 @@ class Shards:
         temporary.replace(path)
 
     def _table(self, chunk: Dataset, start: int, batch: Mapping[str, Any]) -> pa.Table:
-        outputs = self.outputs.columns(batch, self.manifest)
+        outputs, columns = self.outputs.columns(batch, self.manifest), {}
         if self.manifest.num_views is None:
             table = chunk.with_format("arrow")[start : start + self.batch_size]
+            columns = {name: table[name] for name in table.column_names}
         else:
-            table, outputs = pa.table({}), view_columns(batch) | outputs
+            outputs |= view_columns(batch)
         for name, arrays in outputs.items():
-            feature, type_ = self.features[name], self.features.arrow_schema.field(name).type
+            feature, kind = self.features[name], self.features.arrow_schema.field(name).type
             values = [feature.encode_example(one) for one in arrays] if isinstance(feature, ArrayColumn) else arrays
-            table = table.append_column(name, pa.array(values, type_))
-        return table.select(list(self.features)).cast(self.features.arrow_schema)
+            columns[name] = pa.array(values, kind)
+        return pa.table({name: columns[name] for name in self.features}).cast(self.features.arrow_schema)
 
     # ---- The result ----
 

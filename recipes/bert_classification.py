@@ -68,6 +68,11 @@ def load_texts(data: TextArguments) -> tuple[DatasetDict, list[str]]:
         data.dataset_name, data.dataset_config_name = data.dataset_name or "nyu-mll/glue", data.task_name
         data.text_column_name, data.text_pair_column_name = GLUE[data.task_name]
     splits = common.load_splits(data)
+    if common.is_cached(splits):
+        # The tokens of a teacher with another tokenizer have done their work.
+        tokens = [f"teacher_{name}" for name in ("input_ids", "attention_mask", "token_type_ids")]
+        splits = splits.remove_columns([name for name in tokens if name in splits["train"].column_names])
+        return splits, splits["train"].features["labels"].names
     label = common.column(
         splits, data.label_column_name, ("label", "labels", "fine_label", "intent"), "label_column_name"
     )
@@ -112,8 +117,9 @@ def build(
         }
         return encoded | {"labels": rows["labels"]}
 
-    with args.main_process_first(desc="tokenizing"):
-        splits = splits.map(tokenize, batched=True, remove_columns=splits["train"].column_names, desc="Tokenizing")
+    if not common.is_cached(splits):
+        with args.main_process_first(desc="tokenizing"):
+            splits = splits.map(tokenize, batched=True, remove_columns=splits["train"].column_names, desc="Tokenizing")
     model = common.load_student(AutoModelForSequenceClassification, student, teacher, names)
     with common.loading("teacher", teacher):
         trainer = DKDTrainer(

@@ -15,7 +15,17 @@ from itertools import chain
 from typing import Any
 
 import numpy as np
-from common import DataArguments, StudentArguments, column, load_splits, load_student, load_tokenizer, loading, run
+from common import (
+    DataArguments,
+    StudentArguments,
+    column,
+    is_cached,
+    load_splits,
+    load_student,
+    load_tokenizer,
+    loading,
+    run,
+)
 from datasets import DatasetDict
 from options import fail, option, parse
 from peft import LoraConfig, get_peft_model
@@ -67,6 +77,8 @@ def load_texts(data: LanguageDataArguments) -> DatasetDict:
     if data.dataset_name is None and data.train_file is None:
         data.dataset_name, data.dataset_config_name = "Salesforce/wikitext", "wikitext-2-raw-v1"
     splits = load_splits(data)
+    if is_cached(splits):
+        return splits
     pairs = data.text_column_name is None and {"prompt", "completion"} <= set(splits["train"].column_names)
     kinds = ("prompt", "completion") if pairs or data.prompt_column_name or data.completion_column_name else ("text",)
     asked = {kind: f"{kind}_column_name" for kind in kinds}
@@ -130,11 +142,11 @@ def build(
     within = args.teacher_adapter
     if within and (not student.lora_r or args.teacher_model_name_or_path):
         fail("--teacher_adapter is a teacher within a LoRA student: give --lora_r, no --teacher_model_name_or_path.")
+    splits = load_texts(data)
     if not (student.student_model_name_or_path or student.student_model_type or args.teacher_model_name_or_path):
         student.student_model_name_or_path = "HuggingFaceTB/SmolLM2-135M"
-        args.teacher_model_name_or_path = None if within else "HuggingFaceTB/SmolLM2-360M"
+        args.teacher_model_name_or_path = None if within or is_cached(splits) else "HuggingFaceTB/SmolLM2-360M"
     teacher = args.teacher_model_name_or_path
-    splits = load_texts(data)
     tokenizer = load_tokenizer(student.student_model_name_or_path or teacher, "student")
     if teacher and load_tokenizer(teacher, "teacher").get_vocab() != tokenizer.get_vocab():
         fail(f"the teacher {teacher!r} has another tokenizer than the student: take two models of one family.")
@@ -143,8 +155,9 @@ def build(
     ending = "\n" if splits["train"].info.builder_name == "text" else ""
     ending += tokenizer.eos_token if data.append_eos or "completion" in splits["train"].column_names else ""
     tokenize = partial(encode, tokenizer=tokenizer, data=data, ending=ending)
-    with args.main_process_first(desc="tokenizing"):
-        splits = splits.map(tokenize, batched=True, remove_columns=splits["train"].column_names, desc="Tokenizing")
+    if not is_cached(splits):
+        with args.main_process_first(desc="tokenizing"):
+            splits = splits.map(tokenize, batched=True, remove_columns=splits["train"].column_names, desc="Tokenizing")
 
     model: Any = load_student(AutoModelForCausalLM, student, teacher)
     # Small updates would be lost in weights of half precision; --bf16 computes in it.

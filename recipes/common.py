@@ -18,6 +18,7 @@ from options import fail, option
 from transformers import AutoConfig, AutoTokenizer, set_seed
 from transformers.trainer_utils import PredictionOutput, get_last_checkpoint
 
+from hf_dkd.cache_format import manifest_of
 from hf_dkd.student import keep_layers
 
 PACKAGES = ("hf-dkd", "torch", "transformers", "accelerate", "datasets", "evaluate", "peft", "numpy")
@@ -27,7 +28,9 @@ PACKAGES = ("hf-dkd", "torch", "transformers", "accelerate", "datasets", "evalua
 class DataArguments:
     """Where the data comes from; each recipe adds its columns."""
 
-    dataset_name: str | None = option(None, "Hub id, or a folder of parquet, CSV, JSON or image files.")
+    dataset_name: str | None = option(
+        None, "Hub id, a folder of parquet, CSV, JSON or image files, or what cache_teacher.py wrote."
+    )
     dataset_config_name: str | None = option(None, "Configuration of the data set.")
     train_file: str | None = option(None, "Parquet, CSV or JSON file, instead of a name.")
     validation_file: str | None = option(None, "The same for validation.")
@@ -80,6 +83,8 @@ def load_splits(data: DataArguments) -> DatasetDict:
         if files:
             suffix = Path(files["train"]).suffix.removeprefix(".")
             loaded = datasets.load_dataset({"jsonl": "json", "txt": "text"}.get(suffix, suffix), data_files=files)
+        elif data.dataset_name and Path(data.dataset_name, "dataset_dict.json").exists():
+            loaded = datasets.load_from_disk(data.dataset_name)
         else:
             loaded = datasets.load_dataset(data.dataset_name, data.dataset_config_name)
     first = "train" if "train" in loaded else next(iter(loaded))
@@ -95,6 +100,11 @@ def load_splits(data: DataArguments) -> DatasetDict:
         most = data.max_train_samples if name == "train" else data.max_eval_samples
         splits[name] = split.select(range(min(most or len(split), len(split))))
     return splits
+
+
+def is_cached(splits: DatasetDict) -> bool:
+    """Whether the splits are what cache_teacher.py wrote: tokenized, with a teacher's outputs."""
+    return manifest_of(splits["train"]) is not None
 
 
 def _hold_out(train: Dataset, data: DataArguments) -> dict[str, Dataset]:
