@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 import transformers
-from accelerate import PartialState
 from datasets import Dataset, IterableDataset
 from torch import nn
 from transformers import AutoConfig, default_data_collator
@@ -15,7 +14,7 @@ from transformers import AutoConfig, default_data_collator
 from . import classes
 from .cache_format import manifest_of
 from .cache_rows import OutputsOfTeacher
-from .cache_shards import Shards
+from .cache_shards import Shards, processes
 from .heads import Head, head_of
 from .targets import PER_EXAMPLE
 from .teacher import TEACHER_PREFIX, Teacher
@@ -85,7 +84,7 @@ def cache_teacher_outputs(
         )
     if manifest_of(dataset) is not None:
         raise ValueError("The data set holds a teacher's outputs already: pass the one that it was made from.")
-    teacher, state = _as_teacher(teacher), PartialState()
+    teacher, state = _as_teacher(teacher), processes()
     known, order = _known_head(teacher, head, top_k), classes.class_order(label_names, teacher.class_names)
     in_order = None if order is None else torch.tensor(order, device=state.device)
     outputs = OutputsOfTeacher(teacher, known, state.device, top_k, temperature, dtype, num_classes, in_order)

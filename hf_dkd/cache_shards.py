@@ -35,7 +35,7 @@ class Shards:
     ) -> None:
         self.outputs, self.dataset, self.folder, self.collate = outputs, dataset, folder, collate
         self.batch_size, self.num_workers = batch_size, num_workers
-        self.state = PartialState()
+        self.state = processes()
         self.rows = len(dataset) if isinstance(dataset, Dataset) else None
 
     def run(self, class_names: list[str] | None, num_views: int | None) -> Dataset:
@@ -215,6 +215,11 @@ class _BesideTransform:
         of_teacher = {name: rows[name] for name in layout.COLUMNS if name in rows}
         own = {name: value for name, value in rows.items() if name not in of_teacher}
         return {**self.transform(own), **of_teacher}
+
+
+def processes() -> PartialState:
+    """The processes that accelerate started; without an accelerator it counts one, unless told that it is the CPU's."""
+    return PartialState(cpu=not torch.accelerator.is_available())
 
 
 @contextmanager

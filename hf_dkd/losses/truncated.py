@@ -6,10 +6,11 @@ the tail and renormalising, as is common, is a bound of nothing.) Dtypes and mas
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from .arithmetic import check_logits, same_precision
 from .decoupled import row_divergences
@@ -94,15 +95,37 @@ def truncated_logits(
         (N, k + 2), (N, k + 2), and (N,): k, the place of the target.
     """
     student, teacher_top = same_precision(student_logits, top.logits)
-    target = labels.unsqueeze(1)
-    tail = student.scatter(1, top.indices, -math.inf).scatter(1, target, -math.inf)
-    # Of no class at all the log-sum-exp is -inf, whose gradient is NaN.
-    empty = tail.detach().amax(1, keepdim=True) == -math.inf
-    tail = tail.masked_fill(empty, 0.0)
-    peak = tail.detach().amax(1, keepdim=True)
-    tail = peak + temperature * ((tail - peak) / temperature).logsumexp(1, keepdim=True)
-    tail, rest = tail.masked_fill(empty, -math.inf), temperature * top.rest
-    is_target = top.indices == target
-    of_student = (student.gather(1, top.indices).masked_fill(is_target, -math.inf), student.gather(1, target), tail)
-    of_teacher = (teacher_top.masked_fill(is_target, -math.inf), top.target.unsqueeze(1), rest.unsqueeze(1))
-    return torch.cat(of_student, 1), torch.cat(of_teacher, 1).to(student), torch.full_like(labels, top.logits.shape[1])
+    is_target = top.indices == labels.unsqueeze(1)
+    columns = torch.cat((top.indices, labels.unsqueeze(1)), dim=1)
+    of_student = _TopAndTail.apply(student, columns, temperature)
+    of_teacher = (teacher_top, top.target.unsqueeze(1), temperature * top.rest.unsqueeze(1))
+    # The target among the top k is out, but not in its own column and not in the tail's.
+    out = torch.nn.functional.pad(is_target, (0, 2))
+    return (
+        of_student.masked_fill(out, -math.inf),
+        torch.cat(of_teacher, dim=1).to(student).masked_fill(out, -math.inf),
+        torch.full_like(labels, top.logits.shape[1]),
+    )
+
+
+class _TopAndTail(torch.autograd.Function):
+    """Logits (N, C) at some columns (N, m), and T times the log-sum-exp over T of the others: (N, m + 1).
+
+    Written out for its gradient, which needs one tensor of the size of the logits where autograd takes six.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, columns: Tensor, temperature: float) -> Tensor:
+        tail = logits.scatter(1, columns, -math.inf)
+        peak = tail.amax(1, keepdim=True)
+        # Of no class at all the log-sum-exp is -inf, and its gradient 0.
+        tail.sub_(peak.masked_fill(peak == -math.inf, 0.0)).div_(temperature).exp_()
+        mass = tail.sum(1, keepdim=True)
+        ctx.save_for_backward(tail.div_(mass.clamp(min=torch.finfo(mass.dtype).tiny)), columns)
+        return torch.cat((logits.gather(1, columns), peak + temperature * mass.log()), dim=1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        tail, columns = ctx.saved_tensors
+        return (gradient[:, -1:] * tail).scatter_add(1, columns, gradient[:, :-1].contiguous()), None, None
