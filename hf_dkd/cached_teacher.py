@@ -12,7 +12,8 @@ from .cache_format import Manifest, manifest_of
 from .cached_collator import CollatorWithTeacherOutputs
 from .fingerprint import teacher_fingerprint
 from .heads import Head
-from .losses.truncated import TopOutputs, truncated_logits
+from .losses.truncated import TopOutputs, truncated_rows
+from .rows import check_beside
 from .targets import PER_EXAMPLE
 from .teacher import Teacher
 from .training_args import DKDArgumentsMixin
@@ -177,10 +178,14 @@ def top_rows(batch: Mapping[str, Any], positions: Tensor | None) -> TopOutputs |
     return TopOutputs(logits, indices.long(), target, rest)
 
 
-def aligned_rows(teacher: Teacher, student: Tensor, top: TopOutputs, labels: Tensor) -> classes.Rows:
-    """Rows of k + 2 classes: the top k, the target and the tail as one."""
+def aligned_rows(
+    teacher: Teacher, student: Tensor, top: TopOutputs, labels: Tensor, positions: Tensor | None
+) -> classes.Rows:
+    """The student's logits (B, L, C) at `positions` beside the teacher's `top` there, as rows of k + 2 classes."""
     assert isinstance(teacher, CachedTeacher)
-    manifest, number = teacher.manifest, student.shape[1]
+    assert positions is not None
+    check_beside(student, labels, "student")
+    manifest, number = teacher.manifest, student.shape[-1]
     size, head = manifest.num_classes, Head(manifest.head)
     padded = head.has_vocabulary and classes.differ_in_padding(number, size)
     if padded and number < size:
@@ -190,8 +195,8 @@ def aligned_rows(teacher: Teacher, student: Tensor, top: TopOutputs, labels: Ten
         )
     if number != size and not padded:
         raise ValueError(classes.other_classes(head, number, size))
-    student = student[:, :size]
+    labels = labels.flatten().index_select(0, positions).long()
     classes.check_labels(labels, size)
-    best, labels = top.indices[:, 0], labels.long()
-    rows = truncated_logits(student, top, labels, manifest.temperature)
-    return classes.Rows(*rows, agrees=student.detach().argmax(1) == best, hits=best == labels)
+    rows = truncated_rows(student.flatten(0, -2)[:, :size], top, labels, manifest.temperature, positions)
+    best = top.indices[:, 0]
+    return classes.Rows(rows.student, rows.teacher, rows.labels, agrees=rows.best == best, hits=best == labels)

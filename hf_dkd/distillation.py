@@ -282,12 +282,12 @@ class DistillationTraining(DistillationSetup):
         """The student's rows beside the teacher's, over the same classes and checked."""
         head, (teacher_rows, labels, positions, visible, weights, by_teacher, columns) = self._known_head, teacher
         logits = rows.logits_of(outputs, "student", head)
-        student_rows = rows.rows_at(logits, labels, positions, "student", visible)
-        labels = labels.flatten() if positions is None else labels.flatten().index_select(0, positions)
         if isinstance(teacher_rows, TopOutputs):
-            aligned = cached_teacher.aligned_rows(self._the_teacher, student_rows, teacher_rows, labels)
+            aligned = cached_teacher.aligned_rows(self._the_teacher, logits, teacher_rows, labels, positions)
             self._check_teacher(aligned, moment, columns)
             return aligned
+        student_rows = rows.rows_at(logits, labels, positions, "student", visible)
+        labels = labels.flatten() if positions is None else labels.flatten().index_select(0, positions)
         aligned = classes.aligned_rows(head, student_rows, teacher_rows, labels, self._class_order, weights)
         if by_teacher is not None:
             by_teacher = by_teacher.flatten() if positions is None else by_teacher.flatten().index_select(0, positions)
