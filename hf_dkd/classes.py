@@ -26,6 +26,18 @@ class Rows(NamedTuple):
     """How many rows make up one example: one for each label of a multi-label head, whose mean counts."""
     by_teacher: Tensor | None = None
     """(R,) booleans, where the teacher chose the label."""
+    agrees: Tensor | None = None
+    """(R,) booleans, where the argmaxes are the same class, of rows whose last column stands for many classes."""
+    hits: Tensor | None = None
+    """(R,) booleans, where the teacher's argmax is the label, of such rows."""
+
+    def agreement(self) -> Tensor:
+        """(R,) booleans: the argmaxes of student and teacher are the same class."""
+        return self.student.argmax(1) == self.teacher.argmax(1) if self.agrees is None else self.agrees
+
+    def teacher_hits(self) -> Tensor:
+        """(R,) booleans: the teacher's argmax is the label."""
+        return self.teacher.argmax(1) == self.labels if self.hits is None else self.hits
 
 
 def check_labels(labels: Tensor, classes: int) -> None:

@@ -9,16 +9,17 @@ from torch import Tensor, nn
 from transformers import Trainer
 from transformers.trainer_utils import has_length
 
-from . import classes, objective, rows, targets
+from . import cached_teacher, classes, objective, rows, targets
 from .heads import Head
 from .language_model import LanguageModelDistillation
+from .losses.truncated import TopOutputs
 from .teacher_check import TeacherCheck
 
 
 class TeacherRows(NamedTuple):
     """The teacher's half of a micro-batch, and what is needed to take the student's rows at the same places."""
 
-    rows: Tensor
+    rows: Tensor | TopOutputs
     labels: Tensor
     visible: Tensor | None
     weights: Tensor | None
@@ -233,7 +234,7 @@ class DistillationTraining(LanguageModelDistillation):
         """Outputs of a student that need not compute its loss, and the loss, or None: the pass over rows finds it."""
         outputs = model(**self._without_labels(student_inputs))
         logits = rows.logits_of(outputs, "student")
-        if logits.shape[-1] <= teacher.rows.shape[1]:
+        if not isinstance(teacher.rows, TopOutputs) and logits.shape[-1] <= teacher.rows.shape[1]:
             return None, outputs
         # That pass sees only the classes that both have.
         return objective.cross_entropy_sum(logits, teacher.labels) * scales.labelled, outputs
@@ -309,18 +310,24 @@ class DistillationTraining(LanguageModelDistillation):
             labels = rows.aligned_labels(head, inputs, self.label_names)
         classes.check_one_label(head, labels)
         visible = inputs.get("attention_mask") if head is Head.QUESTION_ANSWERING else None
+        columns = self._the_teacher.columns_in(inputs)
+        top = cached_teacher.top_rows(inputs, labels)
+        if top is not None:
+            return TeacherRows(top, labels, visible, None, by_teacher, columns)
         logits = self._teacher_logits(inputs) if logits is None else logits
         taken = rows.rows_beside(labels, logits, "teacher", visible)
         # Before the student's own loss fails on them with less to say.
         classes.check_labels(labels, taken.shape[1])
         weights = rows.class_weights(head, inputs, self.label_names)
         classes.check_weights(head, weights, taken)
-        return TeacherRows(taken, labels, visible, weights, by_teacher, self._the_teacher.columns_in(inputs))
+        return TeacherRows(taken, labels, visible, weights, by_teacher, columns)
 
     def _side_by_side(self, outputs: Any, teacher: TeacherRows) -> classes.Rows:
         """The student's rows beside the teacher's, over the same classes."""
         head, (teacher_rows, labels, visible, weights, by_teacher, _) = self._known_head, teacher
         logits = rows.logits_of(outputs, "student", head)
+        if isinstance(teacher_rows, TopOutputs):
+            return cached_teacher.aligned_rows(self._the_teacher, logits, teacher_rows, labels)
         student_rows = rows.rows_beside(labels, logits, "student", visible)
         aligned = classes.aligned_rows(head, student_rows, teacher_rows, labels.flatten(), self._class_order, weights)
         if by_teacher is not None:

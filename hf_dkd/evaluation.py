@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import EvalPrediction
 from transformers.trainer_utils import EvalLoopOutput
 
-from . import classes, objective, rows
+from . import cached_teacher, classes, objective, rows
 from .distillation import DistillationTraining
 from .heads import Head
 
@@ -84,15 +84,16 @@ class DistillationEvaluation(DistillationTraining):
             )
         # Without labels an encoder-decoder teacher could not run.
         chosen = self._teacher_labels and not self._encoder_decoder
-        with_terms = self.teacher is not None and self.dkd_args.eval_with_teacher and (labelled or chosen)
+        wanted = self.dkd_args.eval_with_teacher and (labelled or chosen)
+        with_terms = wanted and cached_teacher.has_outputs(self, inputs)
         # Without labels no metrics are computed.
-        self._pairs_predictions = self._pairs_predictions and labelled
+        self._pairs_predictions = self._pairs_predictions and labelled and cached_teacher.has_logits(self, inputs)
         with_logits = self._pairs_predictions and logits is not None
         if with_terms or with_logits:
-            teacher_logits = self._teacher_logits(inputs)
+            teacher_logits = self._teacher_logits(inputs) if cached_teacher.has_logits(self, inputs) else None
             if with_terms:
                 self._add_eval_terms(inputs, outputs[0], teacher_logits, counted)
-            if with_logits:
+            if with_logits and teacher_logits is not None:
                 ordered: Any = classes.in_order(teacher_logits, self._class_order)
                 # Start and end logits apart, as the student's: along the first dimension stand the examples.
                 apart = tuple(ordered) if self.head is Head.QUESTION_ANSWERING else ordered
@@ -101,7 +102,7 @@ class DistillationEvaluation(DistillationTraining):
 
     @torch.no_grad()
     def _add_eval_terms(
-        self, inputs: Mapping[str, Any], outputs: Any, teacher_logits: Tensor, counted: int | None
+        self, inputs: Mapping[str, Any], outputs: Any, teacher_logits: Tensor | None, counted: int | None
     ) -> None:
         moment = f"In evaluation after step {self.state.global_step}"
         teacher_rows = self._teacher_rows(inputs, teacher_logits)
@@ -116,7 +117,7 @@ class DistillationEvaluation(DistillationTraining):
         parts = {name: value for name, value in share.terms.items() if name not in ("ce", "dkd")}
         distilled = aligned.labels != rows.IGNORE_INDEX
         labelled = distilled if aligned.by_teacher is None else distilled & ~aligned.by_teacher
-        hits = (aligned.teacher.argmax(1) == aligned.labels) & labelled
+        hits = aligned.teacher_hits() & labelled
         self._eval_terms.add(
             {
                 **parts,

@@ -56,10 +56,9 @@ def distil(
         partition_of(rows, settings, weight),
         scale=scale,
     )
-    if settings.dkd_standardize:
+    if settings.dkd_standardize or rows.agrees is not None:
         # Z-scores may tell no class from another where the models themselves do.
-        agrees = rows.student.argmax(1) == rows.teacher.argmax(1)
-        found = found._replace(agrees=agrees & (rows.labels != IGNORE_INDEX))
+        found = found._replace(agrees=rows.agreement() & (rows.labels != IGNORE_INDEX))
     return distilled(loss, found, settings, rows.per_example)
 
 

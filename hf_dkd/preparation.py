@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import Trainer
 
 from . import classes, rows
+from .cached_teacher import check_cache, with_cached_outputs
 from .data import DataCollatorForMixup
 from .heads import Head, bare_model, head_of
 from .teacher import TEACHER_PREFIX, Teacher, class_names_of
@@ -40,7 +41,7 @@ class DistillationSetup(_Trainer):
         self, *args: Any, teacher: nn.Module | str | os.PathLike | Teacher | None = None, **kwargs: Any
     ) -> None:
         super().__init__(*args, **kwargs)
-        self.teacher = self._load_teacher(teacher)
+        self.teacher = with_cached_outputs(self, self._load_teacher(teacher))
         self._class_order: Tensor | None = None
         self._prepared_student: nn.Module | None = None
         self._said: set[str] = set()
@@ -149,6 +150,7 @@ class DistillationSetup(_Trainer):
             self._refuse_impossible_groups(len(names) if names else None)
         if order is not None:
             self._say("Reordered the teacher's classes by name to the student's order.")
+        check_cache(self.teacher, self._known_head, self.dkd_args, order)
         self._class_order = None if order is None else torch.tensor(order, device=self.args.device)
         self._signature_columns = None
         self._prepared_student = self.model

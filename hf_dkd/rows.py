@@ -153,15 +153,20 @@ def rows_beside(labels: Tensor, logits: Tensor, whose: str, visible: Tensor | No
     Raises:
         ValueError: where logits and labels do not stand side by side.
     """
+    check_beside(logits, labels, whose)
+    if visible is not None:
+        logits = logits.masked_fill(visible == 0, -torch.inf)
+    return logits.flatten(0, -2)
+
+
+def check_beside(logits: Tensor, labels: Tensor, whose: str) -> None:
+    """Raise a `ValueError` where logits (..., C) and labels (...) do not stand side by side."""
     if logits.shape[:-1] != labels.shape:
         raise ValueError(
             f"The {whose}'s logits have shape {tuple(logits.shape)} for labels of shape {tuple(labels.shape)}: "
             "expected one row of logits for each label. Student and teacher must see the same positions; `dkd_head` "
             "overrides the kind of head."
         )
-    if visible is not None:
-        logits = logits.masked_fill(visible == 0, -torch.inf)
-    return logits.flatten(0, -2)
 
 
 def _aligned_positions(batch: Mapping[str, Any]) -> Tensor:

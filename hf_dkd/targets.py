@@ -9,7 +9,7 @@ from torch import Tensor
 from . import rows
 from .heads import Head
 
-_PER_EXAMPLE = (Head.CLASSIFICATION, Head.MULTI_LABEL, Head.MULTIPLE_CHOICE)
+PER_EXAMPLE = (Head.CLASSIFICATION, Head.MULTI_LABEL, Head.MULTIPLE_CHOICE)
 
 
 def distilled(
@@ -25,7 +25,7 @@ def distilled(
         ValueError: where neither labels nor inputs tell which rows there are.
     """
     labels = rows.aligned_labels(head, batch, label_names) if rows.has_labels(head, batch, label_names) else None
-    if head in _PER_EXAMPLE:
+    if head in PER_EXAMPLE:
         if labels is None:
             some = next(value for value in batch.values() if isinstance(value, Tensor))
             labels = torch.full((len(some),), rows.IGNORE_INDEX, device=some.device)

@@ -1,8 +1,12 @@
 """Token ids and labels of texts: blocks of packed ones, prompts that carry no loss, tags at the subwords of words."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import chain
 from typing import Any
+
+from datasets import DatasetDict
+
+from .cache_format import manifest_of
 
 IGNORED = -100
 
@@ -107,3 +111,18 @@ def _tokens(tokenizer: Any, texts: Sequence[str | None], size: int, ending: str 
         raise ValueError(f"size is {size}; expected 2 or more tokens, of which the first predicts the second.")
     filled = [(text or "") + ending for text in texts]
     return tokenizer(filled, add_special_tokens=False).input_ids if filled else []
+
+
+def tokenized(rows: Any, args: Any, tokenize: Callable[..., dict[str, list]], **options: Any) -> Any:
+    """What `tokenize` makes of batches of rows in place of their columns; by the main process first, with its bar.
+
+    Args:
+        rows: a data set, or splits, which stay as they are where they hold a teacher's cached outputs.
+        args: the training arguments.
+        options: keywords of `tokenize`.
+    """
+    first = rows["train"] if isinstance(rows, DatasetDict) else rows
+    if manifest_of(first) is not None:
+        return rows
+    with args.main_process_first(desc="tokenizing"):
+        return rows.map(tokenize, batched=True, remove_columns=first.column_names, fn_kwargs=options, desc="Tokenizing")

@@ -21,7 +21,9 @@ from datasets import DatasetDict
 from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding, set_seed
 
 from hf_dkd import DataCollatorWithTeacherInputs, DKDTrainer, DKDTrainingArguments
+from hf_dkd.cache_format import manifest_of
 from hf_dkd.metrics import classification_metrics
+from hf_dkd.text import tokenized
 
 DATA = "dair-ai/emotion"
 STUDENT, TEACHER = "distilbert/distilbert-base-uncased", "bhadresh-savani/bert-base-uncased-emotion"
@@ -68,6 +70,8 @@ def load_texts(data: TextArguments) -> tuple[DatasetDict, list[str]]:
         data.dataset_name, data.dataset_config_name = data.dataset_name or "nyu-mll/glue", data.task_name
         data.text_column_name, data.text_pair_column_name = GLUE[data.task_name]
     splits = common.load_splits(data)
+    if manifest_of(splits["train"]):
+        return splits, splits["train"].features["labels"].names
     label = common.column(
         splits, data.label_column_name, ("label", "labels", "fine_label", "intent"), "label_column_name"
     )
@@ -112,7 +116,7 @@ def build(
         }
         return encoded | {"labels": rows["labels"]}
 
-    splits = common.tokenized(splits, args, tokenize)
+    splits = tokenized(splits, args, tokenize)
     model = common.load_student(AutoModelForSequenceClassification, student, teacher, names)
     with common.loading("teacher", teacher):
         trainer = DKDTrainer(

@@ -25,7 +25,7 @@ from transformers import AutoModelForTokenClassification, DataCollatorForTokenCl
 
 from hf_dkd import DKDTrainer, DKDTrainingArguments
 from hf_dkd.metrics import tag_columns, tagging_metrics
-from hf_dkd.text import continued, subword_labels
+from hf_dkd.text import continued, subword_labels, tokenized
 
 STUDENT, TEACHER = "distilbert/distilbert-base-cased", "dslim/bert-base-NER"
 CONLL, CONLL_TAGS = "lhoestq/conll2003", "O,B-PER,I-PER,B-ORG,I-ORG,B-LOC,I-LOC,B-MISC,I-MISC"
@@ -117,7 +117,7 @@ def build(
 
     for name, split in splits.items():
         later = continued(names) if data.label_all_subwords and name == "train" else None
-        splits[name] = common.tokenized(split, args, tokenize, later=later)
+        splits[name] = tokenized(split, args, tokenize, later=later)
     model = common.load_student(AutoModelForTokenClassification, student, teacher, names)
     with common.loading("teacher", teacher):
         trainer = DKDTrainer(

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, DataCollatorForSeq2Seq, set_seed
 from hf_dkd import DKDTrainer, DKDTrainingArguments, Teacher
 from hf_dkd.metrics import language_metrics, score_columns, token_scores
 from hf_dkd.student import add_adapter
-from hf_dkd.text import mask_prompts, pack_texts
+from hf_dkd.text import mask_prompts, pack_texts, tokenized
 
 
 @dataclass
@@ -110,7 +110,7 @@ def build(data: CorpusArguments, student: AdapterArguments, args: LanguageTraini
     # Lines of a text file come without their line break.
     ending = "\n" if splits["train"].info.builder_name == "text" else ""
     ending += tokenizer.eos_token if data.append_eos or "completion" in splits["train"].column_names else ""
-    splits = common.tokenized(splits, args, encode, tokenizer=tokenizer, data=data, ending=ending)
+    splits = tokenized(splits, args, encode, tokenizer=tokenizer, data=data, ending=ending)
 
     model: Any = common.load_student(AutoModelForCausalLM, student, teacher)
     # Small updates would be lost in weights of half precision; --bf16 computes in it.

@@ -18,6 +18,7 @@ from datasets import ClassLabel, Dataset, DatasetDict, Value
 from transformers import AutoConfig, AutoTokenizer, set_seed
 from transformers.trainer_utils import PredictionOutput, get_last_checkpoint
 
+from hf_dkd.cache_format import manifest_of, without_teacher_inputs
 from hf_dkd.command_line import parse as parse  # for the recipes
 from hf_dkd.metrics import class_columns
 from hf_dkd.splits import hold_out
@@ -41,7 +42,7 @@ def fail(message: str) -> NoReturn:
 class DataArguments:
     """Where the data comes from; each recipe adds its columns."""
 
-    dataset_name: str | None = option(None, "Hub id, or a folder of parquet, CSV, JSON or image files.")
+    dataset_name: str | None = option(None, "Hub id, folder of data or images, or what cache_teacher.py wrote.")
     dataset_config_name: str | None = option(None, "Configuration of the data set.")
     train_file: str | None = option(None, "Parquet, CSV or JSON file, instead of a name.")
     validation_file: str | None = option(None, "The same for validation.")
@@ -94,6 +95,8 @@ def load_splits(data: DataArguments) -> DatasetDict:
         if files:
             suffix = Path(files["train"]).suffix.removeprefix(".")
             loaded = datasets.load_dataset({"jsonl": "json", "txt": "text"}.get(suffix, suffix), data_files=files)
+        elif data.dataset_name and Path(data.dataset_name, "dataset_dict.json").exists():
+            loaded = without_teacher_inputs(datasets.load_from_disk(data.dataset_name))
         else:
             loaded = datasets.load_dataset(data.dataset_name, data.dataset_config_name)
     first = "train" if "train" in loaded else next(iter(loaded))
@@ -123,6 +126,8 @@ def column(splits: DatasetDict, asked: str | None, usual: Sequence[str], option:
 
 def select_columns(splits: DatasetDict, data: DataArguments, usual: Mapping[str, Sequence[str]]) -> DatasetDict:
     """Splits of the columns that `usual` names: each the one of option NAME_column_name, or a usual one, renamed."""
+    if manifest_of(splits["train"]):
+        return splits  # cache_teacher.py chose them
     options = {name: f"{name}_column_name" for name in usual}
     columns = {column(splits, getattr(data, options[name]), usual[name], options[name]): name for name in usual}
     return splits.select_columns(list(columns)).rename_columns(columns)
@@ -181,13 +186,6 @@ def load_shared_tokenizer(student: str | None, teacher: str | None) -> Any:
     if teacher and load_tokenizer(teacher, "teacher").get_vocab() != tokenizer.get_vocab():
         fail(f"the teacher {teacher!r} has another tokenizer than the student: take two models of one family.")
     return tokenizer
-
-
-def tokenized(rows: Any, args: Any, tokenize: Callable[..., dict[str, list]], **options: Any) -> Any:
-    """What `tokenize` makes of batches of rows, of one split or all, given `options` too; by the main process first."""
-    old = (rows["train"] if isinstance(rows, DatasetDict) else rows).column_names
-    with args.main_process_first(desc="tokenizing"):
-        return rows.map(tokenize, batched=True, remove_columns=old, fn_kwargs=options, desc="Tokenizing")
 
 
 def run(

@@ -20,6 +20,7 @@ from transformers import AutoModelForSeq2SeqLM, DataCollatorForSeq2Seq, EvalPred
 
 from hf_dkd import DKDSeq2SeqTrainer, DKDSeq2SeqTrainingArguments
 from hf_dkd.metrics import Rouge, SacreBLEU
+from hf_dkd.text import tokenized
 
 SOURCES, TARGETS = ("document", "article", "dialogue", "text", "source"), ("summary", "highlights", "target")
 
@@ -97,7 +98,7 @@ def build(
         }
         return SacreBLEU().compute(**texts) | Rouge().compute(**texts)
 
-    splits = common.tokenized(splits, args, tokenize)
+    splits = tokenized(splits, args, tokenize)
     model = common.load_student(AutoModelForSeq2SeqLM, student, teacher)
     with common.loading("teacher", teacher):
         trainer = DKDSeq2SeqTrainer(

@@ -37,6 +37,7 @@ def test_it_imports_nothing_that_trainer_does_not_and_opens_no_connection() -> N
 
 def test_public_names_are_there() -> None:
     assert hf_dkd.__all__ == [
+        "CachedTeacher",
         "DKDArgumentsMixin",
         "DKDMixin",
         "DKDSeq2SeqTrainer",
@@ -46,8 +47,10 @@ def test_public_names_are_there() -> None:
         "DataCollatorForMixup",
         "DataCollatorWithTeacherInputs",
         "Teacher",
+        "cache_teacher_outputs",
         "decoupled_kl",
         "dkd_loss",
+        "fused_linear_dkd_loss",
         "kd_loss",
     ]
     assert all(hasattr(hf_dkd, name) for name in hf_dkd.__all__)

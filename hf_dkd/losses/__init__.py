@@ -5,10 +5,12 @@ from .decoupled import decoupled_kl, dkd_loss, kd_loss
 from .fused_linear import fused_linear_dkd_loss
 from .grouped import GroupedKL, grouped_dkd_loss, grouped_kl, mixed_groups, top_k_groups
 from .standardized import standardized
+from .truncated import TopOutputs, top_outputs, truncated_kl
 
 __all__ = [
     "DKDOutput",
     "GroupedKL",
+    "TopOutputs",
     "chunked_dkd_loss",
     "decoupled_kl",
     "dkd_loss",
@@ -19,4 +21,6 @@ __all__ = [
     "mixed_groups",
     "standardized",
     "top_k_groups",
+    "top_outputs",
+    "truncated_kl",
 ]

@@ -1,0 +1,219 @@
+"""What a cache of teacher outputs costs: the training step, the bytes of an example, and how fast it is written.
+
+    python -m benchmarks.cache [--repeats 5] [--steps 8] [--output benchmarks/cache.json]
+
+Steps of `DKDTrainer` on a cache, and with the live teacher, over those of plain `Trainer` on the same data: one
+process, the three in turn, the median step of each run; of the ratios the median, the lowest and the highest.
+Written with a teacher that costs nothing, so that the rows per second are those of ranking, checking and writing.
+"""
+
+import argparse
+import json
+import logging
+import os
+import platform
+import shutil
+import statistics
+import tempfile
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from datasets.utils.logging import disable_progress_bar
+from torch import Tensor, nn
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+)
+from transformers.utils.logging import set_verbosity_error
+
+from hf_dkd import DKDTrainer, DKDTrainingArguments, cache_teacher_outputs
+
+PACKAGES = ("torch", "transformers", "datasets", "accelerate", "pyarrow", "numpy")
+LENGTH = 256
+# Name, vocabulary or classes, batch, k: what is trained.
+STEPS = [
+    ("classifier, 1,000 classes", 1000, 16, None),
+    ("language model, 32k, k = 64", 32_000, 4, 64),
+    ("language model, 152k, k = 64", 151_936, 2, 64),
+]
+CORPUS = 1e12
+
+
+def bert(layers: int, classes: int) -> Any:
+    config = BertConfig(
+        hidden_size=256, num_hidden_layers=layers, num_attention_heads=4, intermediate_size=1024, num_labels=classes
+    )
+    return BertForSequenceClassification(config)
+
+
+def llama(layers: int, vocabulary: int) -> Any:
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=vocabulary, hidden_size=256, num_hidden_layers=layers, num_attention_heads=4,
+            num_key_value_heads=2, intermediate_size=768, max_position_embeddings=LENGTH,
+        )
+    )  # fmt: skip
+
+
+def rows(count: int, length: int, vocabulary: int, classes: int | None = None) -> Dataset:
+    random = np.random.default_rng(0)
+    ids = random.integers(0, vocabulary, (count, length))
+    labels = ids if classes is None else random.integers(0, classes, count)
+    return Dataset.from_dict({"input_ids": ids, "attention_mask": np.ones_like(ids), "labels": labels})
+
+
+class StepTimes(TrainerCallback):
+    """Seconds between the ends of steps, so with the loading of the batch; the first two steps are left out."""
+
+    def __init__(self) -> None:
+        self.ends: list[float] = []
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        self.ends.append(time.perf_counter())
+
+    def median(self) -> float:
+        return statistics.median(np.diff(self.ends)[1:])
+
+
+def step_seconds(
+    trainer_class: type[Trainer], model: Any, data: Dataset, batch: int, steps: int, **given: Any
+) -> float:
+    times = StepTimes()
+    with tempfile.TemporaryDirectory() as output:
+        args = DKDTrainingArguments(
+            output, max_steps=steps + 2, per_device_train_batch_size=batch, save_strategy="no", logging_strategy="no",
+            report_to="none", disable_tqdm=True, use_cpu=True, dataloader_pin_memory=False,
+        )  # fmt: skip
+        trainer = trainer_class(model, args, train_dataset=data, callbacks=[times], **given)
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+    return times.median()
+
+
+def steps_table(repeats: int, steps: int, folder: Path) -> list[dict[str, Any]]:
+    table = []
+    for name, classes, batch, k in STEPS:
+        make, data = llama, rows(64, LENGTH, classes)
+        if k is None:
+            make, data = bert, rows(128, LENGTH, 30_000, classes)
+        torch.manual_seed(0)
+        student, teacher = make(2, classes), make(4, classes)
+        cached = cache_teacher_outputs(teacher, data, folder / name, top_k=k, batch_size=batch)
+        runs: dict[str, list[float]] = {"plain": [], "cached": [], "live": []}
+        for _ in range(repeats):
+            runs["plain"].append(step_seconds(Trainer, student, data, batch, steps))
+            runs["cached"].append(step_seconds(DKDTrainer, student, cached, batch, steps))
+            runs["live"].append(step_seconds(DKDTrainer, student, data, batch, steps, teacher=teacher))
+        row: dict[str, Any] = {"step": name, "plain_seconds": statistics.median(runs["plain"])}
+        for kind in ("cached", "live"):
+            ratios = [one / plain for one, plain in zip(runs[kind], runs["plain"], strict=True)]
+            row[kind] = {"median": statistics.median(ratios), "low": min(ratios), "high": max(ratios)}
+        table.append(row)
+    return table
+
+
+class Constant(nn.Module):
+    """A teacher that emits the same logits for every batch, at no cost."""
+
+    def __init__(self, logits: Tensor) -> None:
+        super().__init__()
+        self.logits = nn.Parameter(logits)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return self.logits[: len(input_ids)]
+
+
+def write_seconds(folder: Path, data: Dataset, logits: Tensor, **settings: Any) -> float:
+    start = time.perf_counter()
+    head = "causal_lm" if logits.ndim == 3 else "classification"
+    cache_teacher_outputs(Constant(logits), data, folder, batch_size=len(logits), head=head, **settings)
+    return time.perf_counter() - start
+
+
+def storage_table(folder: Path) -> list[dict[str, Any]]:
+    table = []
+    random = torch.Generator().manual_seed(0)
+    for classes in (1000, 32_000, 151_936):
+        of_tokens = classes > 1000
+        length, batch, batches = (LENGTH, 2, 5) if of_tokens else (1, 256, 65)
+        logits = 3 * torch.randn(batch, *([length] if of_tokens else []), classes, generator=random)
+        data = rows(batch * batches, length, classes, None if of_tokens else classes)
+        choices: list[dict[str, Any]] = [{"dtype": "float16"}, {"dtype": "float32"}]
+        for settings in choices[: 1 if of_tokens else 2] + [{"top_k": k} for k in (16, 64, 256) if of_tokens]:
+            kept = " ".join(f"{name} {value}" for name, value in settings.items())
+            whole, first = folder / f"{classes}-{kept}", folder / f"{classes}-{kept}-first"
+            # What happens once (the fingerprint, the first batch) is in both.
+            seconds = write_seconds(whole, data, logits, **settings)
+            seconds -= write_seconds(first, data.select(range(batch)), logits, **settings)
+            size = sum(file.stat().st_size for file in whole.glob("*.arrow"))
+            inputs = sum(column.nbytes for column in data.data.columns)
+            row_count = batch * (length - 1 if of_tokens else 1)
+            table.append(
+                {
+                    "classes": classes,
+                    "kept": kept,
+                    "bytes": (size - inputs) / (row_count * batches),
+                    "rows_per_second": row_count * (batches - 1) / seconds,
+                }
+            )
+            shutil.rmtree(whole)
+    return table
+
+
+def machine() -> dict[str, Any]:
+    names = [line.split(":", 1)[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
+    versions = {name: version(name) for name in PACKAGES} | {"python": platform.python_version()}
+    return {
+        "cpu": names[0] if names else platform.processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "load": os.getloadavg()[0],
+        "versions": versions,
+    }
+
+
+def _lines(path: str) -> list[str]:
+    return Path(path).read_text().splitlines() if Path(path).exists() else []
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/cache.json"))
+    given = parser.parse_args()
+    set_verbosity_error()
+    disable_progress_bar()
+    logging.getLogger("hf_dkd").setLevel(logging.ERROR)
+    with tempfile.TemporaryDirectory() as folder:
+        storage = storage_table(Path(folder))
+        steps = steps_table(given.repeats, given.steps, Path(folder))
+
+    print(f"\n{'step over that of plain Trainer':<34}{'cached':>22}{'live teacher':>24}{'plain, s':>10}")
+    for row in steps:
+        ratios = [f"{r['median']:.3f} ({r['low']:.3f}–{r['high']:.3f})" for r in (row["cached"], row["live"])]
+        print(f"{row['step']:<34}{ratios[0]:>22}{ratios[1]:>24}{row['plain_seconds']:>10.3f}")
+    print(f"\n{'classes':>8}  {'kept':<16}{'bytes a row':>12}{'rows/s':>12}{'10^12 rows':>14}{'process-days':>14}")
+    for row in storage:
+        days = CORPUS / row["rows_per_second"] / 86_400
+        print(
+            f"{row['classes']:>8,}  {row['kept']:<16}{row['bytes']:>12,.1f}{row['rows_per_second']:>12,.0f}"
+            f"{row['bytes'] * CORPUS / 1e12:>11,.0f} TB{days:>14,.0f}"
+        )
+    result = {"machine": machine(), "repeats": given.repeats, "steps": steps, "storage": storage}
+    given.output.write_text(json.dumps(result, indent=2), encoding="utf-8")
+    print(f"\nWrote {given.output}.")
+
+
+if __name__ == "__main__":
+    main()
