@@ -140,7 +140,8 @@ class DistillationTraining(LanguageModelDistillation):
         if self._evaluating:
             loss, outputs = self._task_loss(model, student_inputs, num_items_in_batch)
         else:
-            loss, outputs = self._distillation_loss(model, inputs, student_inputs, num_items_in_batch)
+            arguments = model, inputs, student_inputs, num_items_in_batch
+            loss, outputs = self._distillation_loss(*arguments, whole_outputs=return_outputs)
         return (loss, outputs) if return_outputs else loss
 
     def _task_loss(self, model: nn.Module, inputs: dict[str, Any], total: Tensor | int | None) -> tuple[Tensor, Any]:
@@ -164,8 +165,14 @@ class DistillationTraining(LanguageModelDistillation):
         return (loss / self._data_parallel_size if multiplied and count is not None else loss), outputs
 
     def _distillation_loss(
-        self, model: nn.Module, inputs: Mapping[str, Any], student_inputs: dict[str, Any], total: Tensor | int | None
+        self,
+        model: nn.Module,
+        inputs: Mapping[str, Any],
+        student_inputs: dict[str, Any],
+        total: Tensor | int | None,
+        whole_outputs: bool = False,
     ) -> tuple[Tensor, Any]:
+        """The share of the objective and the student's outputs, which a subclass may ask for with all they hold."""
         settings = self.dkd_args
         scales = self._scales(inputs, total)
         if self.teacher is None or not settings.distils:
@@ -176,13 +183,14 @@ class DistillationTraining(LanguageModelDistillation):
             self._weight = settings.dkd_weight(
                 self.state.global_step + 1, self.state.max_steps, self._steps_per_epoch()
             )
-            trial = self._settled_trial(model, inputs, student_inputs)
-            if trial.head is not None:
+            trial = None if whole_outputs else self._settled_trial(model, inputs, student_inputs)
+            if trial is not None and trial.head is not None:
                 share, outputs = self._fused_share(model, inputs, student_inputs, trial.head, scales.labelled)
                 self._check_teacher(share, self._the_teacher.columns_in(inputs))
                 loss, terms = share.loss, {name: scales.labelled * value for name, value in share.terms.items()}
             else:
-                loss, terms, outputs = self._loss_of_logits(model, inputs, student_inputs, scales, total)
+                spared = trial is not None and trial.plain_loss and not settings.dkd_standardize
+                loss, terms, outputs = self._loss_of_logits(model, inputs, student_inputs, scales, total, spared)
         if self.teacher is not None:
             self._record(terms, loss)
         return self._for_training_step(loss, total), outputs
@@ -202,12 +210,15 @@ class DistillationTraining(LanguageModelDistillation):
         student_inputs: dict[str, Any],
         scales: Scales,
         total: Tensor | int | None,
+        spared: bool,
     ) -> tuple[Tensor, dict[str, Tensor], Any]:
-        """The objective from the logits of both models, its terms, and the student's outputs."""
+        """The objective from the logits of both models, its terms, and the outputs of the student, which may be spared
+        its own loss.
+        """
         settings = self.dkd_args
         # Before the student's forward, so that the teacher's activations are gone when the student's are there.
         teacher_rows = self._teacher_rows(inputs)
-        if self._has_plain_loss and not settings.dkd_standardize:
+        if spared:
             hard, outputs = self._hard_loss_apart(model, student_inputs, teacher_rows, scales)
         else:
             hard, outputs = self._hard_loss(model, student_inputs, scales, total)

@@ -37,10 +37,6 @@ class LanguageModelDistillation(DistillationSetup):
         """Whether a parent trainer has a `compute_loss` of its own."""
         return getattr(super().compute_loss, "__func__", None) is not Trainer.compute_loss
 
-    @property
-    def _has_plain_loss(self) -> bool:
-        return self._tried is not None and self._tried.plain_loss
-
     def _settled_trial(self, model: nn.Module, inputs: Mapping[str, Any], student_inputs: dict[str, Any]) -> Trial:
         """What a few tokens through both models showed; tried once for each student."""
         if self._tried is None:

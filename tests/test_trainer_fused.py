@@ -111,6 +111,24 @@ def test_the_logits_are_never_made(tmp_path, monkeypatch):
     assert blocks == [labelled] * 3
 
 
+class Watches(DKDTrainer):
+    """A script's trainer that looks at what the student made of the batch."""
+
+    def compute_loss(self, model: nn.Module, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
+        self.seen = outputs.loss, outputs.logits
+        return (loss, outputs) if return_outputs else loss
+
+
+def test_a_subclass_that_asks_for_outputs_gets_them_whole(tmp_path):
+    trainer = Watches(model_of("llama", 0), arguments(tmp_path), train_dataset=texts(), teacher=model_of("llama", 1))
+    gradient = first_gradient(trainer)
+    loss, logits = trainer.seen
+    assert logits.shape == (4, 6, 64)
+    assert loss.item() == pytest.approx(logs_of(trainer)[0]["ce"], rel=1e-5)
+    assert_close(gradient, step(tmp_path, model_of("llama", 0), texts(), model_of("llama", 1))[0])
+
+
 def test_evaluation_has_its_logits(tmp_path):
     seen: list[tuple[int, ...]] = []
 
@@ -232,7 +250,7 @@ def test_where_it_cannot_be_logits_are_made_and_it_is_said_once(tmp_path, caplog
         said = [record.message for record in caplog.records if "fused linear loss is not used" in record.message]
         assert len(said) == 1, (reason, said)
         assert reason in said[0]
-        assert trainer._has_plain_loss == plain_loss
+        assert trainer._tried.plain_loss == plain_loss
         assert all(log["dkd"] > 0 and log["ce"] > 0 for log in logs_of(trainer))
 
 

@@ -161,16 +161,16 @@ def given_away(ctx: Any) -> Any:
 
 
 def times_factor(gradient: Tensor, factor: Tensor) -> Tensor:
-    """`gradient` (N, C) in place times `factor`, a scalar or one for each row."""
-    if factor.is_cuda and not factor.ndim and find_spec("triton") is not None:
+    """`gradient` in place times `factor`, a scalar or one for each row of (N, C)."""
+    if factor.device.type == "cpu" and not factor.ndim and factor == 1:
+        return gradient
+    if factor.is_cuda and not factor.ndim and gradient.ndim == 2 and find_spec("triton") is not None:
         from .triton_kernels import scale_gradient_
 
         scale_gradient_(gradient, factor)
         return gradient
     # A scalar on a device would be rounded to float16 first, where 65,536 is infinite.
-    if factor.ndim or gradient.dtype == torch.float16:
-        return gradient.mul_(factor.reshape(-1, 1))
-    return gradient if factor.device.type == "cpu" and factor == 1 else gradient.mul_(factor)
+    return gradient.mul_(factor if gradient.ndim == 1 else factor.reshape(-1, 1))
 
 
 def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:

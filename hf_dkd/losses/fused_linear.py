@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .arithmetic import check_range, check_temperature, check_weight, checked_labels
-from .chunked import DKDOutput, empty, given_away, raise_on_fault, reduced_output, share_of_rows
+from .chunked import DKDOutput, empty, given_away, raise_on_fault, reduced_output, share_of_rows, times_factor
 from .row_pass import RowTerms, Weights, row_pass
 
 # Logits of one model in a block: fewer slow the products down, more take memory.
@@ -172,6 +172,8 @@ class _FusedLinear(torch.autograd.Function):
         dtypes = _product_dtype(hidden), _product_dtype(teacher_hidden)
         student, teacher = _in_dtype(student, dtypes[0]), _in_dtype(teacher, dtypes[1])
         kept = (labels != ignore_index).nonzero().squeeze(1)
+        # In float16 the scale waits for the backward: a small one would round the products to 0.
+        given = 1.0 if dtypes[0] == torch.float16 else scale
         found: list[RowTerms] = []
         with torch.autocast(hidden.device.type, enabled=False):
             size = _block_size(len(kept), len(weight), hidden.device.type)
@@ -179,18 +181,17 @@ class _FusedLinear(torch.autograd.Function):
             for rows in kept.split(size):
                 first = not found
                 block = hidden[rows].to(dtypes[0]), teacher_hidden[rows].to(dtypes[1]), labels[rows]
-                found.append(_block(*block, student, teacher, weights, gradients, rows, memory, first))
+                found.append(_block(*block, student, teacher, weights, given, gradients, rows, memory, first))
         terms = RowTerms(*(_at(rows, kept, labels) for rows in map(torch.cat, zip(*found, strict=True))))
-        ctx.gradient, ctx.scale, ctx.dtype = gradients, scale, weight.dtype
+        ctx.gradient, ctx.rest, ctx.dtype = gradients, 1.0 if given is scale else scale, weight.dtype
         ctx.mark_non_differentiable(*terms)
         rows = weights.ce_weight * terms.ce + terms.dkd if weights.ce_weight else terms.dkd
         return scale * rows.sum(), *terms
 
     @staticmethod
     def backward(ctx: Any, of_loss: Tensor, *of_terms: Tensor) -> tuple[Tensor | None, ...]:
-        # The scale comes last: a small one would round the products of float16 to 0.
-        factor = of_loss * ctx.scale
-        scaled = [None if gradient is None else gradient.mul_(factor) for gradient in given_away(ctx)]
+        factor = of_loss * ctx.rest
+        scaled = [None if gradient is None else times_factor(gradient, factor) for gradient in given_away(ctx)]
         hidden, *of_head = scaled
         return hidden, *(None if gradient is None else gradient.to(ctx.dtype) for gradient in of_head), *[None] * 7
 
@@ -202,6 +203,7 @@ def _block(
     student: LinearHead,
     teacher: LinearHead,
     weights: Weights,
+    scale: Tensor | float,
     gradients: _Gradients,
     rows: Tensor,
     memory: list[Tensor],
@@ -220,7 +222,8 @@ def _block(
         log_p = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(1)
         weights = weights._replace(ce_weight=None)
     student_part = logits[:, :shared]
-    terms = row_pass(student_part, of_teacher[:, :shared], labels, weights, gradient=student_part if wanted else None)
+    gradient = student_part if wanted else None
+    terms = row_pass(student_part, of_teacher[:, :shared], labels, weights, scale=scale, gradient=gradient)
     if log_p is not None:
         terms = terms._replace(ce=-log_p.gather(1, labels.unsqueeze(1)).squeeze(1))
     if not wanted:
@@ -229,7 +232,7 @@ def _block(
     if log_p is not None and ce_weight:
         slope = log_p.exp_()
         slope[torch.arange(len(labels), device=labels.device), labels] -= 1
-        logits.add_(slope, alpha=ce_weight)
+        logits.add_(slope.mul_(ce_weight * scale))
     if capped is not None and student.softcap is not None:
         logits.mul_(capped.div_(student.softcap).square_().neg_().add_(1))
     if student.logit_scale != 1:
