@@ -43,7 +43,7 @@ LENGTH = 256
 # Name, vocabulary or classes, batch, k: what is trained.
 STEPS = [
     ("classifier, 1,000 classes", 1000, 16, None),
-    ("language model, 32k, k = 64", 32_000, 4, 64),
+    ("language model, 32k, k = 64", 32_000, 2, 64),
     ("language model, 152k, k = 64", 151_936, 2, 64),
 ]
 CORPUS = 1e12
@@ -59,8 +59,8 @@ def bert(layers: int, classes: int) -> Any:
 def llama(layers: int, vocabulary: int) -> Any:
     return LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=vocabulary, hidden_size=256, num_hidden_layers=layers, num_attention_heads=4,
-            num_key_value_heads=2, intermediate_size=768, max_position_embeddings=LENGTH,
+            vocab_size=vocabulary, hidden_size=512, num_hidden_layers=layers, num_attention_heads=8,
+            num_key_value_heads=4, intermediate_size=1536, max_position_embeddings=LENGTH,
         )
     )  # fmt: skip
 
@@ -101,13 +101,14 @@ def step_seconds(
 
 
 def steps_table(repeats: int, steps: int, folder: Path) -> list[dict[str, Any]]:
+    print(f"{'step over that of plain Trainer':<34}{'cached':>22}{'live teacher':>24}{'plain, s':>10}")
     table = []
     for name, classes, batch, k in STEPS:
-        make, data = llama, rows(64, LENGTH, classes)
+        make, data = llama, rows(16, LENGTH, classes)
         if k is None:
-            make, data = bert, rows(128, LENGTH, 30_000, classes)
+            make, data = bert, rows(64, LENGTH, 30_000, classes)
         torch.manual_seed(0)
-        student, teacher = make(2, classes), make(4, classes)
+        student, teacher = make(6, classes), make(12, classes)
         cached = cache_teacher_outputs(teacher, data, folder / name, top_k=k, batch_size=batch)
         runs: dict[str, list[float]] = {"plain": [], "cached": [], "live": []}
         for _ in range(repeats):
@@ -119,6 +120,8 @@ def steps_table(repeats: int, steps: int, folder: Path) -> list[dict[str, Any]]:
             ratios = [one / plain for one, plain in zip(runs[kind], runs["plain"], strict=True)]
             row[kind] = {"median": statistics.median(ratios), "low": min(ratios), "high": max(ratios)}
         table.append(row)
+        shown = [f"{r['median']:.3f} ({r['low']:.3f}–{r['high']:.3f})" for r in (row["cached"], row["live"])]
+        print(f"{name:<34}{shown[0]:>22}{shown[1]:>24}{row['plain_seconds']:>10.3f}", flush=True)
     return table
 
 
@@ -141,6 +144,7 @@ def write_seconds(folder: Path, data: Dataset, logits: Tensor, **settings: Any) 
 
 
 def storage_table(folder: Path) -> list[dict[str, Any]]:
+    print(f"{'classes':>8}  {'kept':<16}{'bytes a row':>12}{'rows/s':>12}{'10^12 rows':>14}{'process-days':>14}")
     table = []
     random = torch.Generator().manual_seed(0)
     for classes in (1000, 32_000, 151_936):
@@ -158,13 +162,13 @@ def storage_table(folder: Path) -> list[dict[str, Any]]:
             size = sum(file.stat().st_size for file in whole.glob("*.arrow"))
             inputs = sum(column.nbytes for column in data.data.columns)
             row_count = batch * (length - 1 if of_tokens else 1)
-            table.append(
-                {
-                    "classes": classes,
-                    "kept": kept,
-                    "bytes": (size - inputs) / (row_count * batches),
-                    "rows_per_second": row_count * (batches - 1) / seconds,
-                }
+            size_of_row, rate = (size - inputs) / (row_count * batches), row_count * (batches - 1) / seconds
+            table.append({"classes": classes, "kept": kept, "bytes": size_of_row, "rows_per_second": rate})
+            days = CORPUS / rate / 86_400
+            print(
+                f"{classes:>8,}  {kept:<16}{size_of_row:>12,.1f}{rate:>12,.0f}{size_of_row * CORPUS / 1e12:>11,.0f} TB"
+                f"{days:>14,.0f}",
+                flush=True,
             )
             shutil.rmtree(whole)
     return table
@@ -199,17 +203,6 @@ def main() -> None:
         storage = storage_table(Path(folder))
         steps = steps_table(given.repeats, given.steps, Path(folder))
 
-    print(f"\n{'step over that of plain Trainer':<34}{'cached':>22}{'live teacher':>24}{'plain, s':>10}")
-    for row in steps:
-        ratios = [f"{r['median']:.3f} ({r['low']:.3f}–{r['high']:.3f})" for r in (row["cached"], row["live"])]
-        print(f"{row['step']:<34}{ratios[0]:>22}{ratios[1]:>24}{row['plain_seconds']:>10.3f}")
-    print(f"\n{'classes':>8}  {'kept':<16}{'bytes a row':>12}{'rows/s':>12}{'10^12 rows':>14}{'process-days':>14}")
-    for row in storage:
-        days = CORPUS / row["rows_per_second"] / 86_400
-        print(
-            f"{row['classes']:>8,}  {row['kept']:<16}{row['bytes']:>12,.1f}{row['rows_per_second']:>12,.0f}"
-            f"{row['bytes'] * CORPUS / 1e12:>11,.0f} TB{days:>14,.0f}"
-        )
     result = {"machine": machine(), "repeats": given.repeats, "steps": steps, "storage": storage}
     given.output.write_text(json.dumps(result, indent=2), encoding="utf-8")
     print(f"\nWrote {given.output}.")
