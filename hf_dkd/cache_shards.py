@@ -1,5 +1,6 @@
 """The shards of a cache on disk: whole or not there, each written by one process, joined without being read."""
 
+import hashlib
 import json
 import os
 import random
@@ -25,6 +26,13 @@ from .cache_rows import OutputsOfTeacher, collate_twice, view_columns, view_feat
 _MANIFEST = "teacher_manifest.json"
 # What a kill can cost: a shard is at most about this many bytes, and this many batches.
 _SHARD_BYTES, _SHARD_BATCHES = 64 * 2**20, 256
+
+# In the metadata of a shard: what its rows were.
+_DIGEST = b"hf_dkd_rows"
+_CHANGED = (
+    "{path} holds the teacher's outputs for other rows than those of the data set at its place: the data, its columns, "
+    "its order or the collator changed. Give another output_dir, or remove that one."
+)
 
 
 class Shards:
@@ -95,18 +103,20 @@ class Shards:
         return self.batch_size * batches
 
     def _check(self, chunk: Dataset, path: Path) -> None:
-        """Refuse a shard whose first rows are not the first ones of `chunk`."""
+        """Refuse a shard of other rows than those of `chunk`, or whose first batch is collated otherwise now."""
         with pa.memory_map(str(path)) as file:
-            batch = pa.ipc.open_stream(file).read_next_batch()
+            reader = pa.ipc.open_stream(file)
+            same, batch = (reader.schema.metadata or {}).get(_DIGEST) == _digest(chunk), reader.read_next_batch()
+        if not same:
+            raise ValueError(_CHANGED.format(path=path))
+        if self.manifest.num_views is not None:
+            return
         column = self.features[layout.CHECK]
         stored = [column.decode_example(value).tolist() for value in batch[layout.CHECK].to_pylist()]
         examples = self.collate(chunk.__getitems__(list(range(len(stored)))))
         checks = layout.row_checks(examples, self.manifest.columns)
         if stored != [list(row) for row in zip(*(checks[name] for name in self.manifest.columns), strict=True)]:
-            raise ValueError(
-                f"{path} holds the teacher's outputs for other rows than those of the data set at its place: the data, "
-                "its order or the collator changed. Give another output_dir, or remove that one."
-            )
+            raise ValueError(_CHANGED.format(path=path))
 
     # ---- Rows ----
 
@@ -145,18 +155,20 @@ class Shards:
     def _write(self, chunk: Dataset, path: Path, seed: int) -> None:
         """Write a shard under a temporary name and rename it; leave one that is there."""
         if path.exists():
-            if self.manifest.num_views is None:
-                self._check(chunk, path)
+            self._check(chunk, path)
             return
         temporary = path.with_suffix(".tmp")
         loader = DataLoader(
             chunk, self.batch_size, collate_fn=self.collate, num_workers=self.num_workers,
             generator=torch.Generator().manual_seed(seed),
         )  # fmt: skip
+        schema = self.features.arrow_schema
+        schema = schema.with_metadata({**(schema.metadata or {}), _DIGEST: _digest(chunk)})
         with _seeded(seed), temporary.open("wb") as file:
-            with pa.ipc.new_stream(file, self.features.arrow_schema) as writer:
+            with pa.ipc.new_stream(file, schema) as writer:
                 for number, batch in enumerate(loader):
-                    writer.write_table(self._table(chunk, number * self.batch_size, batch))
+                    table = self._table(chunk, number * self.batch_size, batch)
+                    writer.write_table(table.replace_schema_metadata(schema.metadata))
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
@@ -220,6 +232,14 @@ class _BesideTransform:
 def processes() -> PartialState:
     """The processes that accelerate started; without an accelerator it counts one, unless told that it is the CPU's."""
     return PartialState(cpu=not torch.accelerator.is_available())
+
+
+def _digest(chunk: Dataset) -> bytes:
+    """Of all columns of the rows of `chunk`."""
+    table, sink = chunk.with_format("arrow")[:].combine_chunks(), pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema.remove_metadata()) as writer:
+        writer.write_table(table.replace_schema_metadata(None))
+    return hashlib.blake2b(sink.getvalue(), digest_size=16).hexdigest().encode()
 
 
 @contextmanager

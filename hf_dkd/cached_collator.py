@@ -38,10 +38,11 @@ class CollatorWithTeacherOutputs:
         if not any(name in examples[0] for name in layout.COLUMNS):
             return self.collator(examples)
         features = self.manifest.features()
-        lacking = [name for name in features if name not in examples[0]]
+        lacking = [name for name in features if any(one.get(name) is None for one in examples)]
         if lacking:
             raise ValueError(
-                f"The examples lack {', '.join(lacking)} of the teacher's cached columns: let transforms keep them."
+                f"The examples lack {', '.join(lacking)} of the teacher's cached columns: let transforms keep them, "
+                "and cache every data set that is joined with another."
             )
         batch = dict(self.collator([{k: v for k, v in one.items() if k not in features} for one in examples]))
         columns = {name: [np.asarray(one[name], kind.dtype) for one in examples] for name, kind in features.items()}

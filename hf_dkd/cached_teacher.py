@@ -1,10 +1,12 @@
 """A teacher that has run: its outputs read from the columns that `cache_teacher_outputs` wrote."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
+from datasets import IterableDataset
 from torch import Tensor, nn
+from torch.utils.data import Subset
 
 from . import cache_format as layout
 from . import classes
@@ -98,10 +100,11 @@ def with_cached_outputs(trainer: Any, teacher: Teacher | None) -> Teacher | None
     """The trainer's teacher: the cached one, if its data sets hold outputs, whose collator then reads them."""
     sets = trainer.eval_dataset
     sets = [trainer.train_dataset, *(sets.values() if isinstance(sets, dict) else [sets])]
+    sets = [one.dataset if isinstance(one, Subset) else one for one in sets]
     manifests = [manifest for one in sets if (manifest := manifest_of(one)) is not None]
     if isinstance(teacher, CachedTeacher):
         manifests.insert(0, teacher.manifest)
-    elif any(layout.CHECK in (getattr(one, "column_names", None) or ()) for one in sets) and not manifests:
+    elif any(layout.CHECK in _columns(one) for one in sets) and not manifests:
         raise ValueError(
             "The data set holds a teacher's outputs, but a map that returned their columns took away what tells where "
             "they come from: return the new columns alone, or pass teacher=CachedTeacher(cached), with cached the data "
@@ -120,6 +123,14 @@ def with_cached_outputs(trainer: Any, teacher: Teacher | None) -> Teacher | None
         )
     trainer.data_collator = CollatorWithTeacherOutputs(trainer.data_collator, manifest, trainer.label_names)
     return teacher if isinstance(teacher, CachedTeacher) else CachedTeacher(manifest, teacher)
+
+
+def _columns(dataset: Any) -> Collection[str]:
+    columns = getattr(dataset, "column_names", None)
+    if columns is None and isinstance(dataset, IterableDataset):
+        # After a map a stream knows its columns no more.
+        columns = next(iter(dataset), {}).keys()
+    return columns or ()
 
 
 def check_cache(teacher: Teacher, head: Head, settings: DKDArgumentsMixin, order: Sequence[int] | None) -> None:

@@ -183,6 +183,11 @@ class DistillationTraining(LanguageModelDistillation):
             self._weight = settings.dkd_weight(
                 self.state.global_step + 1, self.state.max_steps, self._steps_per_epoch()
             )
+            if whole_outputs and settings.use_fused_linear == "always":
+                raise ValueError(
+                    'use_fused_linear is "always", but a subclass asks compute_loss for outputs, which hold logits: '
+                    'set it to "auto".'
+                )
             trial = None if whole_outputs else self._settled_trial(model, inputs, student_inputs)
             if trial is not None and trial.head is not None:
                 share, outputs = self._fused_share(model, inputs, student_inputs, trial.head, scales.labelled)

@@ -54,7 +54,8 @@ class LanguageModelDistillation(DistillationSetup):
             return Trial(None, False, reason)
         tokens, half_precision = first_tokens(student_inputs), self.accelerator.mixed_precision != "no"
         labels = rows.aligned_labels(self._known_head, tokens, self.label_names)
-        trial = tried(model, language_head(self._student), tokens, labels, half_precision)
+        without = self._without_labels(tokens)
+        trial = tried(model, language_head(self._student), tokens, labels, without, half_precision)
         if trial.head is None:
             return trial
         reason = self._why_logits_are_needed()
@@ -75,6 +76,8 @@ class LanguageModelDistillation(DistillationSetup):
             return "the student is compiled"
         if self._encoder_decoder and not hasattr(bare_model(self._student), "prepare_decoder_input_ids_from_labels"):
             return "the student does not make decoder_input_ids of labels"
+        if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in self._student.modules()):
+            return "the student has batch statistics, which a trial would change"
         if self.dkd_args.dkd_target == "teacher":
             return 'dkd_target is "teacher", which distils other rows than those with a label'
         return None

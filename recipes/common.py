@@ -205,6 +205,8 @@ def run(
     teacher's, `card` goes to `Trainer.create_model_card`.
     """
     args = trainer.args
+    if args.teacher_model_name_or_path:  # a default of the recipe too, which figures.py loads
+        settings["teacher_model_name_or_path"] = args.teacher_model_name_or_path
     resume = args.resume_from_checkpoint
     if resume == "last":
         resume = get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None

@@ -205,6 +205,20 @@ def test_another_cache_in_the_folder_is_refused(change: dict[str, Any], message:
         cache_teacher_outputs(**given)
 
 
+@pytest.mark.parametrize("finished", [True, False])
+@pytest.mark.parametrize("change", ["a label", "a column"])
+def test_a_change_in_any_row_is_refused(change: str, finished: bool, tmp_path: Path) -> None:
+    data = rows_of("bert")
+    cached(tmp_path, "bert", data)
+    if not finished:
+        (tmp_path / "state.json").unlink()
+    labels = [*data["labels"][:-1], (data["labels"][-1] + 1) % 5]
+    changed = data.remove_columns("labels").add_column("labels", labels) if change == "a label" else None
+    changed = data.add_column("index", list(range(8))) if changed is None else changed
+    with pytest.raises(ValueError, match="for other rows than those of the data set"):
+        cached(tmp_path, "bert", changed)
+
+
 # --- Refused ---
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 
 from hf_dkd import CachedTeacher, DKDTrainer, cache_teacher_outputs
 from hf_dkd.cache_format import manifest_of
@@ -73,7 +73,6 @@ def test_float16_and_few_logits_stay_near(tmp_path: Path) -> None:
         return float((weights_after(tmp_path, "llama", data) - live).norm() / (live - start).norm())
 
     half, of_k = share(dtype="float16"), [share(dtype="float16", top_k=k) for k in (4, 16, 64)]
-    print("SHARES", half, of_k)
     assert half < 2e-3
     assert of_k[0] > of_k[1] > of_k[2]
     assert of_k[2] < 2e-3
@@ -285,3 +284,24 @@ def test_other_heads_classes_and_collators_are_refused(tmp_path: Path) -> None:
 def test_a_data_set_without_outputs_has_no_cached_teacher() -> None:
     with pytest.raises(ValueError, match="holds no outputs of a teacher"):
         CachedTeacher(rows_of("bert"))
+
+
+def test_a_part_of_a_cache_is_a_cache_and_a_mapped_stream_is_refused(tmp_path: Path) -> None:
+    data = cached(tmp_path / "cache", "bert")
+    part = torch.utils.data.Subset(data, list(range(4)))
+    trainer = DKDTrainer(ARCHITECTURES["bert"].model(seed=0), arguments(tmp_path), train_dataset=part)
+    assert isinstance(trainer.teacher, CachedTeacher)
+    trainer.train()
+    assert logs_of(trainer)[0]["dkd"] > 0
+    stream = data.to_iterable_dataset().map(lambda row: row)
+    with pytest.raises(ValueError, match="took away what tells where they come from"):
+        DKDTrainer(ARCHITECTURES["bert"].model(seed=0), arguments(tmp_path), train_dataset=stream)
+
+
+def test_a_cache_joined_with_other_data_is_refused(tmp_path: Path) -> None:
+    joined = concatenate_datasets([cached(tmp_path / "cache", "bert"), rows_of("bert")])
+    trainer = DKDTrainer(
+        ARCHITECTURES["bert"].model(seed=0), arguments(tmp_path, per_device_train_batch_size=16), train_dataset=joined
+    )
+    with pytest.raises(ValueError, match=r"The examples lack teacher_.*cache every data set that is joined"):
+        trainer.train()

@@ -103,9 +103,9 @@ def test_the_logits_are_never_made(tmp_path, monkeypatch):
         fused_linear, "_block", lambda hidden, *rest: blocks.append(len(hidden)) or linear(hidden, *rest)
     )
     trainer.train()
-    # The trial of a few tokens comes first, then no position at all in three steps.
-    assert positions[2:] == [0] * 6
-    assert len(positions) == 8
+    # The trial comes first, with and without labels and of the teacher; then no position at all in three steps.
+    assert positions[3:] == [0] * 6
+    assert len(positions) == 9
     # Of 24 positions 14 have a label, the first of each example has no logits before it.
     labelled = sum(int((example["labels"][1:] >= 0).sum()) for example in texts())
     assert blocks == [labelled] * 3
@@ -127,6 +127,13 @@ def test_a_subclass_that_asks_for_outputs_gets_them_whole(tmp_path):
     assert logits.shape == (4, 6, 64)
     assert loss.item() == pytest.approx(logs_of(trainer)[0]["ce"], rel=1e-5)
     assert_close(gradient, step(tmp_path, model_of("llama", 0), texts(), model_of("llama", 1))[0])
+
+
+def test_always_and_outputs_exclude_each_other(tmp_path):
+    args = arguments(tmp_path, use_fused_linear="always")
+    trainer = Watches(model_of("llama", 0), args, train_dataset=texts(), teacher=model_of("llama", 1))
+    with pytest.raises(ValueError, match='"always", but a subclass asks compute_loss for outputs'):
+        trainer.train()
 
 
 def test_evaluation_has_its_logits(tmp_path):
@@ -252,6 +259,51 @@ def test_where_it_cannot_be_logits_are_made_and_it_is_said_once(tmp_path, caplog
         assert reason in said[0]
         assert trainer._tried.plain_loss == plain_loss
         assert all(log["dkd"] > 0 and log["ce"] > 0 for log in logs_of(trainer))
+
+
+class LastPosition(tf.LlamaForCausalLM):
+    """A model that without labels has the logits of the last position alone."""
+
+    def forward(self, input_ids: Tensor, attention_mask: Any = None, labels: Any = None, **kwargs: Any) -> Any:
+        return super().forward(
+            input_ids, attention_mask, labels=labels, logits_to_keep=0 if labels is not None else 1, **kwargs
+        )
+
+
+class NeedsLabels(tf.LlamaForCausalLM):
+    """A model that does not run without labels."""
+
+    def forward(self, input_ids: Tensor, labels: Tensor, attention_mask: Any = None, **kwargs: Any) -> Any:
+        return super().forward(input_ids, attention_mask, labels=labels, **kwargs)
+
+
+class Regularised(tf.LlamaForCausalLM):
+    """A model whose loss has a little more in training."""
+
+    def forward(self, input_ids: Tensor, attention_mask: Any = None, labels: Any = None, **kwargs: Any) -> Any:
+        output = super().forward(input_ids, attention_mask, labels=labels, **kwargs)
+        if labels is not None and self.training:
+            output["loss"] = output.loss + 1e-4 * self.lm_head.weight.square().sum()
+        return output
+
+
+@pytest.mark.parametrize("student_class", [LastPosition, NeedsLabels, Regularised])
+def test_a_model_that_needs_its_labels_keeps_them(tmp_path, student_class):
+    tf.set_seed(0)
+    student, plain = student_class(tf.LlamaConfig(**_DECODER)), model_of("llama", 0)
+    student.load_state_dict(plain.state_dict())
+    _, log, trainer = step(tmp_path, student, texts(), model_of("llama", 1))
+    _, expected, _ = step(tmp_path, plain, texts(), model_of("llama", 1), use_fused_linear="never")
+    assert not trainer._tried.plain_loss
+    more = 1e-4 * model_of("llama", 0).lm_head.weight.square().sum().item() if student_class is Regularised else 0.0
+    assert log["ce"] == pytest.approx(expected["ce"] + more, abs=1e-6)
+    assert log["dkd"] == pytest.approx(expected["dkd"], rel=1e-5)
+
+
+def test_a_small_loss_of_routers_is_not_lost(tmp_path):
+    settings = {"output_router_logits": True, "router_aux_loss_coef": 1e-6}
+    _, _, trainer = step(tmp_path, tiny(tf.MixtralForCausalLM, 0, **settings), texts(), tiny(tf.MixtralForCausalLM, 1))
+    assert not trainer._tried.plain_loss
 
 
 def test_always_says_why_not(tmp_path):
