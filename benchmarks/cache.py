@@ -1,22 +1,17 @@
 """What a cache of teacher outputs costs: the training step, the bytes of an example, and how fast it is written.
 
-    python -m benchmarks.cache [--repeats 5] [--steps 8] [--output benchmarks/cache.json]
+    python -m benchmarks.cache
 
 Steps of `DKDTrainer` on a cache, and with the live teacher, over those of plain `Trainer` on the same data: one
 process, the three in turn, the median step of each run; of the ratios the median, the lowest and the highest.
 Written with a teacher that costs nothing, so that the rows per second are those of ranking, checking and writing.
 """
 
-import argparse
-import json
 import logging
-import os
-import platform
 import shutil
 import statistics
 import tempfile
 import time
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +33,8 @@ from transformers.utils.logging import set_verbosity_error
 
 from hf_dkd import DKDTrainer, DKDTrainingArguments, cache_teacher_outputs
 
-PACKAGES = ("torch", "transformers", "datasets", "accelerate", "pyarrow", "numpy")
+from . import measure, report
+
 LENGTH = 256
 # Name, vocabulary or classes, batch, k: what is trained.
 STEPS = [
@@ -118,7 +114,7 @@ def steps_table(repeats: int, steps: int, folder: Path) -> list[dict[str, Any]]:
         row: dict[str, Any] = {"step": name, "plain_seconds": statistics.median(runs["plain"])}
         for kind in ("cached", "live"):
             ratios = [one / plain for one, plain in zip(runs[kind], runs["plain"], strict=True)]
-            row[kind] = {"median": statistics.median(ratios), "low": min(ratios), "high": max(ratios)}
+            row[kind] = {"median": statistics.median(ratios), "low": min(ratios), "high": max(ratios), "ratios": ratios}
         table.append(row)
         shown = [f"{r['median']:.3f} ({r['low']:.3f}–{r['high']:.3f})" for r in (row["cached"], row["live"])]
         print(f"{name:<34}{shown[0]:>22}{shown[1]:>24}{row['plain_seconds']:>10.3f}", flush=True)
@@ -174,27 +170,35 @@ def storage_table(folder: Path) -> list[dict[str, Any]]:
     return table
 
 
-def machine() -> dict[str, Any]:
-    names = [line.split(":", 1)[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
-    versions = {name: version(name) for name in PACKAGES} | {"python": platform.python_version()}
+def in_markdown(steps: list[dict[str, Any]], storage: list[dict[str, Any]]) -> dict[str, str]:
+    """The two tables, and the goal."""
+
+    def ratio(row: dict[str, Any], kind: str) -> str:
+        return report.ranged(measure.Spread(*(row[kind][name] for name in ("median", "low", "high"))))
+
+    of_steps = [[row["step"], f"{row['plain_seconds']:.2f}", ratio(row, "cached"), ratio(row, "live")] for row in steps]
+    of_rows = [
+        [
+            f"{row['classes']:,}",
+            row["kept"],
+            f"{row['bytes']:,.0f}",
+            f"{row['rows_per_second']:,.0f}",
+            f"{row['bytes']:,.0f} TB",
+            f"{CORPUS / row['rows_per_second'] / 86_400:,.0f}",
+        ]
+        for row in storage
+    ]
+    goals = [report.Goal(f"{row['step']}: step with a cache / plain", row["cached"]["ratios"], 1.05) for row in steps]
     return {
-        "cpu": names[0] if names else platform.processor(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "load": os.getloadavg()[0],
-        "versions": versions,
+        "Steps": report.table(["", "plain Trainer, s", "cached / plain", "live teacher / plain"], of_steps),
+        "Storage": report.table(["classes", "kept", "bytes a row", "rows/s", "10^12 rows", "process-days"], of_rows),
+        "Goals": report.goals_table(goals),
     }
 
 
-def _lines(path: str) -> list[str]:
-    return Path(path).read_text().splitlines() if Path(path).exists() else []
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=8)
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/cache.json"))
+    parser = report.options(__doc__, repeats=5)
+    parser.add_argument("--steps", type=int, default=6, help="of each run (6)")
     given = parser.parse_args()
     set_verbosity_error()
     disable_progress_bar()
@@ -202,10 +206,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         storage = storage_table(Path(folder))
         steps = steps_table(given.repeats, given.steps, Path(folder))
-
-    result = {"machine": machine(), "repeats": given.repeats, "steps": steps, "storage": storage}
-    given.output.write_text(json.dumps(result, indent=2), encoding="utf-8")
-    print(f"\nWrote {given.output}.")
+    report.write(given.output_dir, "cache", in_markdown(steps, storage), {"steps": steps, "storage": storage})
 
 
 if __name__ == "__main__":
