@@ -1,4 +1,4 @@
-"""Distillation losses on rows of logits. Imports torch only."""
+"""Distillation losses on rows of logits. Imports torch and NumPy only."""
 
 from .chunked import DKDOutput, chunked_dkd_loss
 from .decoupled import decoupled_kl, dkd_loss, kd_loss

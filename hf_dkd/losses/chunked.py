@@ -59,7 +59,7 @@ def chunked_dkd_loss(
             Rows that share memory are left as they are.
 
     Raises:
-        ValueError: as `dkd_loss`.
+        ValueError: as `dkd_loss`, and for a teacher's row with NaN or +inf.
         RuntimeError: in a second backward through the same loss, or one with `create_graph=True`: there is no second
             derivative. `dkd_loss` has both.
     """
