@@ -244,6 +244,7 @@ def run(
         }
         (folder / "results.json").write_text(json.dumps(results, indent=2, default=str), encoding="utf-8")
     (trainer.push_to_hub if args.push_to_hub else trainer.create_model_card)(**card)
-    trainer.accelerator.end_training()
     if trainer.is_world_process_zero():
         print(f"Wrote the model, results.json and predictions.parquet to {args.output_dir}.", flush=True)
+    trainer.accelerator.wait_for_everyone()  # a process that is done must not end those that still write
+    trainer.accelerator.end_training()
