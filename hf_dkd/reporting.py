@@ -203,6 +203,7 @@ def plot_comparison(table: Mapping[str, Mapping[str, Any]], metric: str, path: s
 
 def _warmup(settings: DKDArgumentsMixin) -> str:
     if settings.dkd_warmup_epochs:
-        return f"{settings.dkd_warmup_epochs:g} epochs"
+        held = ", held within an epoch" if settings.dkd_warmup_staircase else ""
+        return f"{settings.dkd_warmup_epochs:g} epochs{held}"
     steps = settings.dkd_warmup_steps
     return f"{100 * steps:g}% of all steps" if 0 < steps < 1 else f"{steps:g} steps"

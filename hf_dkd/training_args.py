@@ -52,6 +52,13 @@ class DKDArgumentsMixin:
     dkd_warmup_epochs: float = field(
         default=0.0, metadata={"help": "The same in epochs (the paper: 20 of 240). Give steps or epochs, not both."}
     )
+    dkd_warmup_staircase: bool = field(
+        default=False,
+        metadata={
+            "help": "Hold the weight within an epoch, as the paper's code does: the epoch, from 1, over "
+            "dkd_warmup_epochs."
+        },
+    )
     distillation: str = field(
         default="dkd", metadata={"help": "'dkd', or 'kd' for classical distillation.", "choices": ["dkd", "kd"]}
     )
@@ -144,6 +151,11 @@ class DKDArgumentsMixin:
                 f"dkd_warmup_steps is {self.dkd_warmup_steps} and dkd_warmup_epochs is {self.dkd_warmup_epochs}; set "
                 "one of them and leave the other 0."
             )
+        if self.dkd_warmup_staircase and self.dkd_warmup_steps:
+            raise ValueError(
+                f"dkd_warmup_staircase holds the weight within an epoch, but dkd_warmup_steps is "
+                f"{self.dkd_warmup_steps}: give the length of the warm-up as dkd_warmup_epochs."
+            )
         if self.dkd_warmup_steps >= 1 and not self.dkd_warmup_steps.is_integer():
             raise ValueError(
                 f"dkd_warmup_steps is {self.dkd_warmup_steps}; expected a whole number, or below 1 a share of steps."
@@ -184,12 +196,17 @@ class DKDArgumentsMixin:
         of_dkd = self.dkd_beta > 0 or (self.dkd_top_k > 2 and self.dkd_top_k_beta > 0)
         return self.dkd_alpha > 0 or (self.distillation == "dkd" and of_dkd)
 
-    def dkd_weight(self, step: int, max_steps: int, steps_per_epoch: float | None) -> float:
-        """The warm-up weight w = min(1, step / W) of optimizer step `step` = 1, 2, …; 1 without warm-up."""
+    def dkd_weight(self, step: int, max_steps: int, steps_per_epoch: int | None) -> float:
+        """The warm-up weight w = min(1, step / W) of optimizer step `step` = 1, 2, …; 1 without warm-up.
+
+        With `dkd_warmup_staircase` all steps of an epoch have the weight of its last one.
+        """
         if self.dkd_warmup_epochs:
             if steps_per_epoch is None:
                 raise ValueError("dkd_warmup_epochs needs a data set with a length; set dkd_warmup_steps instead.")
             warmup = self.dkd_warmup_epochs * steps_per_epoch
+            if self.dkd_warmup_staircase:
+                step = math.ceil(step / steps_per_epoch) * steps_per_epoch
         elif self.dkd_warmup_steps < 1:
             warmup = math.ceil(self.dkd_warmup_steps * max_steps)
         else:

@@ -69,6 +69,7 @@ def test_options_that_are_off_are_not_told() -> None:
         ({"dkd_warmup_steps": 0.05}, "5% of all steps"),
         ({"dkd_warmup_steps": 0.005}, "0.5% of all steps"),
         ({"dkd_warmup_epochs": 1.5}, "1.5 epochs"),
+        ({"dkd_warmup_epochs": 20, "dkd_warmup_staircase": True}, "20 epochs, held within an epoch"),
     ],
 )
 def test_warm_up_is_told_as_it_was_set(settings: dict[str, Any], expected: str) -> None:

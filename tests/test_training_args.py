@@ -173,6 +173,19 @@ def test_the_weight_grows_linearly_to_one(settings: dict[str, float], steps: flo
     assert weights[-1] == 1
 
 
+@pytest.mark.parametrize(("epochs", "held"), [(3, [1 / 3, 2 / 3, 1, 1]), (2.5, [0.4, 0.8, 1, 1])])
+def test_a_staircase_holds_the_weight_within_an_epoch(epochs: float, held: list[float]) -> None:
+    args = DKDArgumentsMixin(dkd_warmup_epochs=epochs, dkd_warmup_staircase=True)
+    weights = [args.dkd_weight(step, 20, 5) for step in range(1, 21)]
+    assert weights == pytest.approx([weight for weight in held for _ in range(5)])
+
+
+def test_a_staircase_is_of_epochs() -> None:
+    with pytest.raises(ValueError, match=r"dkd_warmup_steps is 8.*: give the length of the warm-up as dkd_warmup_ep"):
+        DKDArgumentsMixin(dkd_warmup_steps=8, dkd_warmup_staircase=True)
+    assert DKDArgumentsMixin(dkd_warmup_staircase=True).dkd_weight(1, 20, None) == 1
+
+
 def test_a_share_of_all_steps_is_rounded_up() -> None:
     assert DKDArgumentsMixin(dkd_warmup_steps=0.3).dkd_weight(1, 5, None) == 0.5
 
