@@ -1,6 +1,6 @@
 """Which kind of head a model has, and so where its labels stand beside its logits."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from enum import StrEnum
 from functools import lru_cache
 from typing import Any
@@ -124,12 +124,29 @@ def _class_names(model: nn.Module) -> frozenset[str]:
     return frozenset(parent.__name__ for parent in type(model).__mro__)
 
 
-@lru_cache
 def _family(names: frozenset[str]) -> tuple[str, Head] | None:
     if names & _WITHOUT_ROWS:
         return None
+    return _listed_family(names) or _registered_family(names)
+
+
+@lru_cache
+def _listed_family(names: frozenset[str]) -> tuple[str, Head] | None:
     for auto_name, mapping, head in _FAMILIES:
-        listed = {name for value in mapping.values() for name in ((value,) if isinstance(value, str) else value)}
-        if names & listed:
+        if names & _class_names_in(mapping.values()):
             return auto_name, Head.LM if names & _UNSHIFTED_DECODERS else head
     return None
+
+
+def _registered_family(names: frozenset[str]) -> tuple[str, Head] | None:
+    """That of a model which its author registered with an Auto class."""
+    for auto_name, _, head in _FAMILIES:
+        registered = getattr(auto, auto_name)._model_mapping._extra_content.values()
+        if names & _class_names_in(registered):
+            return auto_name, head
+    return None
+
+
+def _class_names_in(values: Iterable[Any]) -> set[str]:
+    several = (value if isinstance(value, tuple) else (value,) for value in values)
+    return {name if isinstance(name, str) else name.__name__ for names in several for name in names}

@@ -115,6 +115,23 @@ def test_an_unknown_architecture_has_no_head() -> None:
         assert auto_class_name(model) is None
 
 
+class OwnConfig(tf.PretrainedConfig):
+    model_type = "own_for_test_heads"
+
+
+class OwnClassifier(tf.PreTrainedModel):
+    config_class = OwnConfig
+
+
+def test_a_model_is_known_by_the_auto_class_that_it_was_registered_with() -> None:
+    model = OwnClassifier(OwnConfig())
+    assert head_of(model) is None
+    tf.AutoConfig.register(OwnConfig.model_type, OwnConfig)
+    tf.AutoModelForImageClassification.register(OwnConfig, OwnClassifier)
+    assert head_of(model) is Head.CLASSIFICATION
+    assert auto_class_name(model) == "AutoModelForImageClassification"
+
+
 def test_an_encoder_decoder_among_image_text_models_does_not_shift() -> None:
     config = tf.VisionEncoderDecoderConfig.from_encoder_decoder_configs(
         ARCHITECTURES["vit"].model().config, ARCHITECTURES["gpt2"].model().config
