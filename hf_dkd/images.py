@@ -1,29 +1,26 @@
-"""Images for training: random views (shift, mirror, RandAugment; torchvision's if there), and pixels for a model.
+"""Images for training: random views, and pixels for a model.
 
 They need Pillow (`pip install "hf-dkd[recipes]"`) and are imported by nothing else in the package.
 """
 
-import importlib
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from accelerate.logging import get_logger
 from datasets import Dataset
-from PIL import ImageEnhance, ImageOps
-from PIL.Image import Image, Transform, Transpose
+from PIL import ImageOps
+from PIL.Image import Image, Resampling, Transpose
 from transformers import TrainerCallback, ViTImageProcessorPil
 
 # By way of the package, 5.17 asks for torchvision: https://github.com/huggingface/transformers/issues/48607
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
-from transformers.utils import is_torchvision_available
+
+from .auto_augment import auto_augment, rand_augment
 
 logger = get_logger(__name__)
-
-RandAugment: Any = None
-if is_torchvision_available():
-    RandAugment = importlib.import_module("torchvision.transforms.v2").RandAugment
 
 
 @dataclass
@@ -37,7 +34,17 @@ class AugmentationArguments:
     random_crop_padding: float = field(
         default=0.125, metadata={"help": "Random crop of an image with a black border of this share of a side."}
     )
+    random_resized_crop: int = field(
+        default=0,
+        metadata={
+            "help": "Train on a random part of the image, 8 to 100 % of its area, at this many pixels a side, as is "
+            "usual for ImageNet; 0 switches it off."
+        },
+    )
     horizontal_flip: bool = field(default=True, metadata={"help": "Mirror every other image."})
+    auto_augment: bool = field(
+        default=False, metadata={"help": "The policy that AutoAugment found for CIFAR, before RandAugment."}
+    )
     rand_augment_layers: int = field(
         default=2, metadata={"help": "Operations of RandAugment on each image; 0 switches it off."}
     )
@@ -51,57 +58,39 @@ class AugmentationArguments:
 
     def __post_init__(self) -> None:
         ranges = {"random_crop_padding": 1, "rand_augment_layers": 14, "rand_augment_magnitude": 30}
-        for name, most in (ranges | {"mixup_alpha": 100, "cutmix_alpha": 100}).items():
+        ranges |= {"mixup_alpha": 100, "cutmix_alpha": 100, "random_resized_crop": 10_000}
+        for name, most in ranges.items():
             if not 0 <= getattr(self, name) <= most:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected 0 to {most}.")
 
 
-def warp(image: Image, *matrix: float) -> Image:
-    return image.transform(image.size, Transform.AFFINE, matrix)
+def random_resized_crop(image: Image, size: int) -> Image:
+    """A random part of an image, (size, size), drawn from PyTorch's generator (Szegedy et al. 2015, arXiv 1409.4842).
 
-
-# Those of torchvision's RandAugment, in Pillow, each at a strength from -1 to 1.
-OPERATIONS: tuple[Callable[[Image, float], Image], ...] = (
-    lambda image, strength: image,
-    lambda image, strength: ImageOps.autocontrast(image),
-    lambda image, strength: ImageOps.equalize(image),
-    lambda image, strength: ImageOps.posterize(image, 8 - round(4 * abs(strength))),
-    lambda image, strength: ImageOps.solarize(image, round(255 * (1 - abs(strength)))),
-    lambda image, strength: ImageEnhance.Brightness(image).enhance(1 + 0.9 * strength),
-    lambda image, strength: ImageEnhance.Color(image).enhance(1 + 0.9 * strength),
-    lambda image, strength: ImageEnhance.Contrast(image).enhance(1 + 0.9 * strength),
-    lambda image, strength: ImageEnhance.Sharpness(image).enhance(1 + 0.9 * strength),
-    lambda image, strength: image.rotate(30 * strength),
-    lambda image, strength: warp(image, 1, 0.3 * strength, 0, 0, 1, 0),
-    lambda image, strength: warp(image, 1, 0, 0, 0.3 * strength, 1, 0),
-    lambda image, strength: warp(image, 1, 0, 0.45 * strength * image.width, 0, 1, 0),
-    lambda image, strength: warp(image, 1, 0, 0, 0, 1, 0.45 * strength * image.height),
-)
-
-
-def rand_augment(image: Image, layers: int, magnitude: int) -> Image:
-    """RandAugment (Cubuk et al. 2020, arXiv 1909.13719) of an RGB image, drawn from PyTorch's generator.
-
-    Args:
-        image: RGB.
-        layers: random operations, one after the other.
-        magnitude: their strength, 0 to 30.
+    It has 8 to 100 % of the area and sides that are as 3 to 4 at most.
     """
-    if layers and RandAugment is not None:
-        return RandAugment(layers, magnitude)(image)
-    for number in torch.randint(len(OPERATIONS), (layers,)).tolist():
-        sign = 1 if torch.rand(()) < 0.5 else -1
-        image = OPERATIONS[number](image, sign * magnitude / 30)
-    return image
+    for _ in range(10):
+        area = image.width * image.height * float(torch.empty(()).uniform_(0.08, 1))
+        ratio = math.exp(float(torch.empty(()).uniform_(math.log(3 / 4), math.log(4 / 3))))
+        width, height = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < width <= image.width and 0 < height <= image.height:
+            left = int(torch.randint(image.width - width + 1, ()))
+            top = int(torch.randint(image.height - height + 1, ()))
+            return image.resize((size, size), Resampling.BILINEAR, box=(left, top, left + width, top + height))
+    return ImageOps.fit(image, (size, size), Resampling.BILINEAR)
 
 
 def augment(image: Image, options: AugmentationArguments) -> Image:
-    """A random view of an RGB image, in its size, drawn from PyTorch's generator."""
+    """A random view of an RGB image, in its size but for `random_resized_crop`, drawn from PyTorch's generator."""
+    if options.random_resized_crop:
+        image = random_resized_crop(image, options.random_resized_crop)
     border = [round(options.random_crop_padding * side) for side in image.size]
     left, top = (int(torch.randint(-pixels, pixels + 1, ())) for pixels in border)
     view = image.crop((left, top, left + image.width, top + image.height))
     if options.horizontal_flip and torch.rand(()) < 0.5:
         view = view.transpose(Transpose.FLIP_LEFT_RIGHT)
+    if options.auto_augment:
+        view = auto_augment(view)
     return rand_augment(view, options.rand_augment_layers, options.rand_augment_magnitude)
 
 

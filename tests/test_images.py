@@ -1,8 +1,8 @@
 from typing import Any
 
 import numpy as np
-import pytest
 import torch
+from PIL import Image
 from torch.utils.data import DataLoader
 
 from hf_dkd import images
@@ -56,7 +56,17 @@ def test_each_part_of_the_augmentation_can_be_switched_off() -> None:
     assert strong > 1.5 * weak
 
 
-def test_torchvision_augments_where_it_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    image = digits("test")[0][0].convert("RGB")
-    monkeypatch.setattr(images, "RandAugment", lambda layers, magnitude: lambda view: (view, layers, magnitude))
-    assert images.rand_augment(image, 3, 7) == (image, 3, 7)
+def test_a_random_part_of_an_image_is_resized() -> None:
+    ramp = np.tile(np.arange(200, dtype=np.uint8), (120, 1))
+    image = Image.fromarray(np.stack([ramp, ramp, ramp], axis=-1))
+    torch.manual_seed(0)
+    views = [np.asarray(images.random_resized_crop(image, 32)).astype(float) for _ in range(200)]
+    assert {view.shape for view in views} == {(32, 32, 3)}
+    widths = np.array([(view[0, -1, 0] - view[0, 0, 0]) * 32 / 31 for view in views])
+    # An area of 8 to 100 %, with sides as 3 to 4 at most: widths of 38 to 179 pixels of 200, where the height fits.
+    assert widths.min() < 60
+    assert 120 < widths.max() < 180
+    wide = Image.new("RGB", (400, 10))  # of which no such part is found but by luck
+    assert images.random_resized_crop(wide, 16).size == (16, 16)
+    options = images.AugmentationArguments(random_crop_padding=0, rand_augment_layers=0, random_resized_crop=24)
+    assert images.augment(image, options).size == (24, 24)
