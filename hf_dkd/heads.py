@@ -1,6 +1,6 @@
 """Which kind of head a model has, and so where its labels stand beside its logits."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from enum import StrEnum
 from functools import lru_cache
 from typing import Any
@@ -103,7 +103,7 @@ def head_of(model: nn.Module) -> Head | None:
     shifting loss for T5 and BART, which do not shift.
     """
     model = bare_model(model)
-    family = _family(_class_names(model))
+    family = _family(_class_names(model)) or _registered_family(model)
     if family is None:
         return None
     head = family[1]
@@ -115,7 +115,8 @@ def head_of(model: nn.Module) -> Head | None:
 
 def auto_class_name(model: nn.Module) -> str | None:
     """Name of the Auto class in transformers that loads models of the same kind as `model`; None where unknown."""
-    family = _family(_class_names(bare_model(model)))
+    model = bare_model(model)
+    family = _family(_class_names(model)) or _registered_family(model)
     return family[0] if family else None
 
 
@@ -124,29 +125,22 @@ def _class_names(model: nn.Module) -> frozenset[str]:
     return frozenset(parent.__name__ for parent in type(model).__mro__)
 
 
+@lru_cache
 def _family(names: frozenset[str]) -> tuple[str, Head] | None:
     if names & _WITHOUT_ROWS:
         return None
-    return _listed_family(names) or _registered_family(names)
-
-
-@lru_cache
-def _listed_family(names: frozenset[str]) -> tuple[str, Head] | None:
     for auto_name, mapping, head in _FAMILIES:
-        if names & _class_names_in(mapping.values()):
+        listed = {name for value in mapping.values() for name in ((value,) if isinstance(value, str) else value)}
+        if names & listed:
             return auto_name, Head.LM if names & _UNSHIFTED_DECODERS else head
     return None
 
 
-def _registered_family(names: frozenset[str]) -> tuple[str, Head] | None:
-    """That of a model which its author registered with an Auto class."""
+def _registered_family(model: nn.Module) -> tuple[str, Head] | None:
+    # What `AutoModelFor….register` was told of, apart from language models: it does not say whether those shift.
+    config_class = type(getattr(model, "config", None))
     for auto_name, _, head in _FAMILIES:
-        registered = getattr(auto, auto_name)._model_mapping._extra_content.values()
-        if names & _class_names_in(registered):
+        registered = getattr(auto, auto_name)._model_mapping._extra_content.get(config_class)
+        if registered is not None and not head.has_vocabulary and isinstance(model, registered):
             return auto_name, head
     return None
-
-
-def _class_names_in(values: Iterable[Any]) -> set[str]:
-    several = (value if isinstance(value, tuple) else (value,) for value in values)
-    return {name if isinstance(name, str) else name.__name__ for names in several for name in names}

@@ -68,6 +68,31 @@ class BertWithABonus(tf.BertForSequenceClassification):
     """A user's own subclass, whose name no mapping lists."""
 
 
+class OwnConfig(tf.PreTrainedConfig):
+    model_type = "own"
+
+
+class OwnModel(tf.PreTrainedModel):
+    """A user's own architecture."""
+
+    config_class = OwnConfig
+
+    def __init__(self, config: OwnConfig) -> None:
+        super().__init__(config)
+        self.classifier = nn.Linear(4, config.num_labels)
+        self.post_init()
+
+
+class OwnModelWithABonus(OwnModel):
+    """A subclass of the class that is registered."""
+
+
+class OwnBody(tf.PreTrainedModel):
+    """Shares the configuration of the class that is registered, not its head."""
+
+    config_class = OwnConfig
+
+
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_head_and_auto_class_come_from_the_architecture(name: str) -> None:
     model = ARCHITECTURES[name].model()
@@ -95,6 +120,33 @@ def test_a_subclass_has_the_head_of_its_parent() -> None:
     assert auto_class_name(model) == "AutoModelForSequenceClassification"
 
 
+@pytest.mark.parametrize(
+    ("auto_class", "head"),
+    [
+        ("AutoModelForImageClassification", Head.CLASSIFICATION),
+        ("AutoModelForTokenClassification", Head.TOKEN_CLASSIFICATION),
+        ("AutoModelForCausalLM", None),
+        ("AutoModelForMaskedLM", None),
+    ],
+)
+def test_a_registered_class_has_the_head_of_its_auto_class(
+    auto_class: str, head: Head | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = OwnModel(OwnConfig())
+    assert head_of(model) is None
+    mapping = getattr(tf, auto_class)._model_mapping
+    monkeypatch.setattr(mapping, "_extra_content", dict(mapping._extra_content))
+    getattr(tf, auto_class).register(OwnConfig, OwnModel)
+    for registered in (model, torch.compile(model)):
+        assert head_of(registered) is head
+        assert auto_class_name(registered) == (auto_class if head else None)
+    assert head_of(OwnModelWithABonus(OwnConfig())) is head
+    assert head_of(OwnBody(OwnConfig())) is None
+    model.config.problem_type = "multi_label_classification"
+    assert head_of(model) is (Head.MULTI_LABEL if head is Head.CLASSIFICATION else head)
+    assert head_of(nn.Linear(4, 3)) is None
+
+
 @pytest.mark.parametrize("name", ["bert", "bert_tokens", "gpt2", "t5", "bert_qa"])
 def test_wrappers_of_peft_and_compile_are_looked_through(name: str) -> None:
     architecture = ARCHITECTURES[name]
@@ -113,23 +165,6 @@ def test_an_unknown_architecture_has_no_head() -> None:
     for model in (nn.Linear(4, 3), nn.Sequential(), ARCHITECTURES["bert"].model().bert, codebooks):
         assert head_of(model) is None
         assert auto_class_name(model) is None
-
-
-class OwnConfig(tf.PretrainedConfig):
-    model_type = "own_for_test_heads"
-
-
-class OwnClassifier(tf.PreTrainedModel):
-    config_class = OwnConfig
-
-
-def test_a_model_is_known_by_the_auto_class_that_it_was_registered_with() -> None:
-    model = OwnClassifier(OwnConfig())
-    assert head_of(model) is None
-    tf.AutoConfig.register(OwnConfig.model_type, OwnConfig)
-    tf.AutoModelForImageClassification.register(OwnConfig, OwnClassifier)
-    assert head_of(model) is Head.CLASSIFICATION
-    assert auto_class_name(model) == "AutoModelForImageClassification"
 
 
 def test_an_encoder_decoder_among_image_text_models_does_not_shift() -> None:
