@@ -111,17 +111,28 @@ def compare_runs(runs: Mapping[str, Sequence[float]], seconds: Mapping[str, Sequ
     return table
 
 
-def comparison_table(table: Mapping[str, Any], metric: str, split: str, scale: float = 1.0) -> str:
-    """The Markdown table of what `compare_runs` returns: `metric` on `split`, times `scale` (100 is written as %)."""
+def comparison_table(
+    table: Mapping[str, Any], metric: str, split: str, scale: float = 1.0, rivals: Sequence[str] | None = None
+) -> str:
+    """The Markdown table of what `compare_runs` returns: `metric` on `split`, times `scale` (100 is written as %).
+
+    Differences are to `rivals`, by default to all methods.
+    """
+    rivals = list(table) if rivals is None else rivals
 
     def number(value: float | None) -> str:
         return "" if value is None else f"{scale * value:.2f}"
 
-    head = [f"{split} {metric}" + (" %" if scale == 100 else ""), "spread", *(f"− {name}" for name in table), "seconds"]
+    head = [
+        f"{split} {metric}" + (" %" if scale == 100 else ""),
+        "spread",
+        *(f"− {name}" for name in rivals),
+        "seconds",
+    ]
     lines = [f"| method | {' | '.join(head)} |", "| --- |" + " --- |" * len(head)]
     for method, row in table.items():
         cells = [number(row["mean"]), number(row["spread"])]
-        for rival in table:
+        for rival in rivals:
             gap = row["difference_to"].get(rival)
             cells.append("" if gap is None else f"{number(gap['mean'])} [{number(gap['low'])}, {number(gap['high'])}]")
         lines.append(f"| {method} | {' | '.join(cells)} | {row['seconds']:.1f} |")

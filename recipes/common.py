@@ -106,7 +106,7 @@ def load_splits(data: DataArguments) -> DatasetDict:
             splits["validation"] = split
         elif name.startswith("test") and data.evaluate_on_test:
             splits["test"] = split
-    if "validation" not in splits:
+    if "validation" not in splits and data.validation_share != 0:
         splits |= hold_out(splits["train"], data.validation_share, data.split_seed)
     for name, split in splits.items():
         most = data.max_train_samples if name == "train" else data.max_eval_samples

@@ -45,6 +45,7 @@ class CompareArguments:
     recipe: str = option("bert_classification.py", "File name of the recipe, beside this one, or a path.")
     methods: list[str] = field(default_factory=lambda: list(METHODS), metadata={"help": "NAME or NAME:option=value,…"})
     seeds: int = option(5, "Runs per method, with seeds 0, 1, …")
+    rivals: list[str] | None = field(default=None, metadata={"help": "Differences to these only, in the table."})
     trials: int = option(0, "Settings tried per method before; 0 takes the recipe's and the method's as they are.")
     tuning: str | None = option(None, "YAML file of what trials draw from: {all: {option: [values]}, dkd: {…}, …}.")
     launch: str = option("--num_processes 1", "Options of accelerate launch, such as --config_file FILE.")
@@ -136,11 +137,10 @@ def main() -> None:
 
     table, metric = compare_runs(runs, seconds), results["primary_metric"]
     scale = 100.0 if all(0 <= value <= 1 for values in runs.values() for value in values) else 1.0
-    text = comparison_table(table, metric, split, scale)
+    text = comparison_table(table, metric, split, scale, args.rivals)
     (output / "compare.md").write_text(text + "\n")
-    (output / "compare.json").write_text(
-        json.dumps({"settings": chosen, "trials": args.trials, "table": table}, indent=2)
-    )
+    facts = {"settings": chosen, "trials": args.trials, "table": table}
+    (output / "compare.json").write_text(json.dumps(facts, indent=2))
     plot_comparison(table, metric, output / "compare.png")
     print(f"\n{text}\n\n{args.seeds} seeds. Wrote compare.md, compare.json and compare.png to {output}.")
 

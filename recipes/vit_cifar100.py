@@ -29,10 +29,14 @@ STUDENT, TEACHER = "WinKawaks/vit-tiny-patch16-224", "pkr7098/cifar100-vit-base-
 
 
 @dataclass
-class ImageArguments(AugmentationArguments, common.DataArguments):
+class ImageDataArguments(common.DataArguments):
     dataset_name: str | None = option("uoft-cs/cifar100", "Hub id, or a folder of images or parquet files.")
     image_column_name: str | None = option(None, "Column of images.")
     label_column_name: str | None = option(None, "Column of labels.")
+
+
+@dataclass
+class ImageArguments(AugmentationArguments, ImageDataArguments):
     image_size: int | None = option(None, "Pixels a side for the student; by default as its checkpoint or config says.")
     image_mean: list[float] | None = field(
         default=None, metadata={"help": "Mean of each colour, for the student; by default its checkpoint's, or 0.5."}
@@ -60,7 +64,7 @@ class ImageTrainingArguments(DKDTrainingArguments):
 ARGUMENTS = (ImageArguments, common.StudentArguments, ImageTrainingArguments)
 
 
-def load_images(data: ImageArguments) -> tuple[DatasetDict, list[str]]:
+def load_images(data: ImageDataArguments) -> tuple[DatasetDict, list[str]]:
     """Splits of columns image (RGB) and labels, and the names of the classes."""
     splits = common.load_splits(data)
     image = common.column(splits, data.image_column_name, ("image", "img"), "image_column_name")

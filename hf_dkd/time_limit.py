@@ -1,0 +1,55 @@
+"""Training in slices, for a machine that is lent for minutes or may be taken away."""
+
+import time
+from typing import Any
+
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+
+class TimeLimit(TrainerCallback):
+    """Writes a checkpoint once the time is over, and ends the script; training resumes from there when started again.
+
+    The optimizer step that runs then is finished, on all processes the same one, and so is the evaluation of an epoch.
+
+    Args:
+        minutes: from the making of this callback, above 0.
+
+    Raises:
+        ValueError: for minutes that are not above 0.
+        SystemExit: out of `Trainer.train`, with code 0, once the checkpoint is written.
+    """
+
+    def __init__(self, minutes: float) -> None:
+        if not minutes > 0:
+            raise ValueError(f"the time limit is {minutes} minutes; expected a number above 0.")
+        self.end = time.monotonic() + 60 * minutes
+        self.over = False
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        # After the last step of an epoch its evaluation comes first: no run that resumes there would make up for it.
+        if state.epoch is None or not float(state.epoch).is_integer():
+            self._look(args, state, control)
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._look(args, state, control)
+
+    def _look(self, args: TrainingArguments, state: TrainerState, control: TrainerControl) -> None:
+        over = [time.monotonic() >= self.end]
+        if args.world_size > 1:  # clocks differ
+            broadcast_object_list(over)
+        if over[0] and state.global_step < state.max_steps:
+            self.over = control.should_save = True
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if not self.over:
+            return
+        processes = PartialState()
+        if processes.is_main_process:
+            print(f"Out of time at step {state.global_step} of {state.max_steps}: the same command goes on from there.")
+        processes.wait_for_everyone()
+        processes.destroy_process_group()
+        raise SystemExit(0)

@@ -1,0 +1,134 @@
+"""The benchmark of the paper: a pair of models on CIFAR-100, or on ImageNet, with the published settings.
+
+    accelerate launch recipes/paper_cifar100.py --pair resnet32x4-resnet8x4 --bf16 --torch_compile --teacher_compile
+
+trains the teacher, if `--teacher FOLDER` holds none yet, and distils it. `--distillation kd` is the paper's classical
+KD, `--dkd_alpha 0 --dkd_beta 0` trains on the labels alone. `--epochs 60` is the same schedule in a quarter of its
+time. With `--minutes 10` it stops after these; the same command goes on from there.
+
+The ImageNet pairs take `--dataset_name FOLDER` with train/CLASS/*.JPEG and val/CLASS/*.JPEG. `paper_ablations.yaml` has
+the paper's ablations, for `compare.py`; `paper_table.py` sets what runs reached beside what the paper reports. Pairs
+and settings are in `paper_presets.py`, the images in `paper_data.py`, the models in `cifar_models`.
+"""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import common
+import torch
+from cifar_models import config_of
+from common import parse
+from paper_data import Images, PaperArguments, load
+from paper_presets import CIFAR, IMAGENET_STUDENTS, PAIRS, TEACHER_LEARNING_RATE, PaperTrainingArguments
+from torch.optim.lr_scheduler import MultiStepLR
+from transformers import AutoConfig, AutoModelForImageClassification, TrainerCallback, set_seed
+from transformers.trainer_utils import get_last_checkpoint
+
+from hf_dkd import DKDTrainer
+from hf_dkd.images import CountEpochs
+from hf_dkd.metrics import classification_metrics
+from hf_dkd.time_limit import TimeLimit
+
+ARGUMENTS = (PaperArguments, PaperTrainingArguments)
+
+
+class PaperTrainer(DKDTrainer):
+    """SGD with momentum, decay of all weights, and a learning rate that falls to a tenth at the milestones."""
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        args, model = self.args, model or self.model
+        self.optimizer: Any = torch.optim.SGD(
+            model.parameters(), args.learning_rate, momentum=0.9, weight_decay=args.weight_decay
+        )
+        return self.optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        pair: str = self.args.pair  # type: ignore[attr-defined]
+        milestones = [round(share * num_training_steps) for share in PAIRS[pair].schedule.milestones]
+        self.lr_scheduler: Any = MultiStepLR(optimizer or self.optimizer, milestones)
+        return self.lr_scheduler
+
+
+def make_model(name: str, labels: list[str]) -> Any:
+    """A model of the benchmark with random weights."""
+    classes: dict[str, Any] = {"num_labels": len(labels), "id2label": dict(enumerate(labels))}
+    classes["label2id"] = {label: number for number, label in enumerate(labels)}
+    if name not in IMAGENET_STUDENTS:
+        return AutoModelForImageClassification.from_config(config_of(name, **classes))
+    kind, changes = IMAGENET_STUDENTS[name]
+    return AutoModelForImageClassification.from_config(AutoConfig.for_model(kind, **classes, **changes))
+
+
+def make_trainer(model: Any, images: Images, args: Any, callbacks: list[TrainerCallback]) -> PaperTrainer:
+    with common.loading("teacher", args.teacher_model_name_or_path):
+        return PaperTrainer(
+            model=model,
+            args=args,
+            data_collator=images.collator,
+            train_dataset=images.splits["train"],
+            eval_dataset=images.splits.get("validation", images.splits.get("test")),
+            processing_class=images.processor,
+            compute_metrics=classification_metrics,
+            callbacks=[CountEpochs(), *callbacks],
+        )
+
+
+def teacher_folder(name: str, data: PaperArguments) -> str:
+    """Where a teacher is if nothing else is said: one for each kind of images, so that it learns from the student's."""
+    size = f"-{data.image_size}px" if data.image_size != 32 else ""
+    noise = f"-noise{data.label_noise:g}" if data.label_noise else ""
+    return f"outputs/teachers/{name}{size}{noise}{'-auto_augment' if data.auto_augment else ''}"
+
+
+def train_teacher(name: str, images: Images, args: Any, callbacks: list[TrainerCallback]) -> None:
+    """Train the teacher in its folder, on the labels alone, as the authors of the benchmark did."""
+    args = copy.copy(args)
+    args.output_dir, args.teacher_model_name_or_path = args.teacher_model_name_or_path, None
+    args.num_train_epochs = args.teacher_epochs or args.num_train_epochs
+    args.learning_rate = TEACHER_LEARNING_RATE
+    Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+    set_seed(args.seed)
+    trainer = make_trainer(make_model(name, images.names), images, args, callbacks)
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(args.output_dir))
+    trainer.save_state()
+    trainer.save_model()
+
+
+def build(
+    data: PaperArguments, args: PaperTrainingArguments, callbacks: list[TrainerCallback] | None = None
+) -> tuple[PaperTrainer, dict[str, Any]]:
+    """The trainer of the student, whose teacher is trained first if need be, and the splits."""
+    pair, callbacks = PAIRS[args.pair], callbacks or []
+    if args.teacher_model_name_or_path is None:
+        args.teacher_model_name_or_path = teacher_folder(pair.teacher, data) if pair.schedule is CIFAR else pair.teacher
+    images = load(data, args)
+    if pair.schedule is CIFAR and not Path(args.teacher_model_name_or_path, "config.json").exists():
+        train_teacher(pair.teacher, images, args, callbacks)
+    set_seed(args.seed)
+    path = data.student_model_name_or_path
+    with common.loading("student", path):
+        auto = AutoModelForImageClassification
+        model = make_model(pair.student, images.names) if path is None else auto.from_pretrained(path)
+    return make_trainer(model, images, args, callbacks), images.splits
+
+
+def accuracies(history: list[dict[str, float]]) -> tuple[float, float, float]:
+    """Of the last epoch, of the best one, and which one that was, from the log of a run."""
+    epochs = [(entry["eval_accuracy"], entry["epoch"]) for entry in history if "eval_accuracy" in entry]
+    best, epoch = max(epochs)
+    return epochs[-1][0], best, epoch
+
+
+def main() -> None:
+    data, args, settings = parse(*ARGUMENTS)
+    trainer, splits = build(data, args, [TimeLimit(data.minutes)] if data.minutes else [])
+    dataset = data.train_file or data.dataset_name
+    common.run(trainer, splits, settings, primary="accuracy", tasks="image-classification", dataset=dataset)
+    if trainer.is_world_process_zero():
+        last, best, epoch = accuracies(trainer.state.log_history)
+        print(f"Accuracy: last epoch {100 * last:.2f} %, best epoch {100 * best:.2f} % (epoch {epoch:g}).")
+
+
+if __name__ == "__main__":
+    main()
