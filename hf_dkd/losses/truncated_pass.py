@@ -75,7 +75,7 @@ def _terms(
         terms, slope = _block(logits, kept, weights, None if gradient is None else scale)
         found.append(terms._replace(agrees=agrees))
         if gradient is not None and slope is not None:
-            gradient.index_copy_(0, positions[rows], slope.to(gradient.dtype))
+            gradient[positions[rows]] = slope.to(gradient.dtype)
     if not found:
         return RowTerms(*(labels.new_zeros(labels.shape, dtype=kind) for kind in kinds_of_terms(dtype)))
     return RowTerms(*(torch.cat(parts) for parts in zip(*found, strict=True)))
@@ -97,7 +97,10 @@ def _block(
 ) -> tuple[RowTerms, Tensor | None]:
     """The terms of a block of rows, and the gradient (R, C) times `scale`; None without one. Overwrites `logits`."""
     of_kept = logits.gather(1, kept.columns)
-    tail = logits.scatter_(1, kept.columns, -math.inf)
+    logits.scatter_(1, kept.columns, -math.inf)
+    tail = _Tail(logits, logits.amax(1, keepdim=True))
+    # Of no class at all a softmax is NaN. Some class stands in, without a gradient.
+    logits[:, :1].masked_fill_(tail.peak == -math.inf, 0.0)
     apart = weights.ce_weight is not None and weights.temperature != 1
     terms, slope = _at_temperature(tail, of_kept, kept, weights._replace(ce_weight=None) if apart else weights, scale)
     if apart:
@@ -107,25 +110,33 @@ def _block(
     return terms, slope
 
 
+class _Tail(NamedTuple):
+    logits: Tensor
+    """(R, C), -inf at the kept classes."""
+    peak: Tensor
+    """(R, 1), the largest; -inf of none."""
+
+
 def _at_temperature(
-    tail: Tensor, of_kept: Tensor, kept: _Kept, weights: Weights, scale: Tensor | float | None
+    tail: _Tail, of_kept: Tensor, kept: _Kept, weights: Weights, scale: Tensor | float | None
 ) -> tuple[RowTerms, Tensor | None]:
-    """`_block` of losses that are all at one temperature; `tail` (R, C) is -inf at the kept columns."""
-    temperature, peak = weights.temperature, tail.amax(1, keepdim=True)
-    # Of no class at all the log-sum-exp is -inf, and its gradient 0.
-    nothing = peak == -math.inf
-    shares = (tail if temperature == 1 else (tail - peak) / temperature).softmax(1).masked_fill_(nothing, 0.0)
+    """`_block` of losses that are all at one temperature."""
+    temperature, nothing = weights.temperature, tail.peak == -math.inf
+    logits = tail.logits
+    if temperature != 1:
+        logits = (logits - tail.peak.masked_fill(nothing, 0.0)).div_(temperature)
+    shares = logits.softmax(1)
     # Not 1: torch's softmax over a large vocabulary is off by a factor.
-    total = shares.sum(1, keepdim=True).masked_fill(nothing, 1.0)
-    of_tail = peak + temperature * (total / shares.amax(1, keepdim=True).masked_fill(nothing, 1.0)).log()
+    total = shares.sum(1, keepdim=True)
+    of_tail = tail.peak + temperature * (total / shares.amax(1, keepdim=True)).log()
     student = torch.cat((of_kept, of_tail), dim=1).masked_fill_(kept.repeated, -math.inf)
-    target = kept.columns.new_full((len(tail),), of_kept.shape[1] - 1)
+    target = kept.columns.new_full((len(student),), of_kept.shape[1] - 1)
     if scale is None:
         return row_pass(student, kept.teacher, target, weights), None
     slope = torch.empty_like(student)
     terms = row_pass(student, kept.teacher, target, weights, scale=scale, gradient=slope)
     slope.masked_fill_(kept.repeated, 0.0)
-    shares.mul_((slope[:, -1:] / total).masked_fill(nothing, 0.0))
+    shares.mul_((slope[:, -1:] / total).masked_fill_(nothing, 0.0))
     return terms, shares.scatter_add_(1, kept.columns, slope[:, :-1])
 
 
