@@ -18,6 +18,8 @@ from .truncated import TopOutputs, kept_columns, teacher_rows
 
 # Of a block of rows. On a CPU it stays in the cache, and is few calls for each row.
 _BLOCK_NUMBERS = {"cpu": 2**20, "other": 2**24}
+# Numbers that are worth a call of their own.
+_LONG_ROW = 2**12
 
 
 def weighted_top_rows(
@@ -52,7 +54,17 @@ def _fill_others(gradient: Tensor, positions: Tensor) -> None:
     if gradient.device.type != "cpu":
         gradient.zero_()
     elif len(positions) < len(gradient):
-        gradient[torch.ones(len(gradient), dtype=torch.bool).index_fill_(0, positions, False)] = 0.0
+        others = torch.ones(len(gradient), dtype=torch.bool).index_fill_(0, positions, False).nonzero()[:, 0]
+        _write(gradient, others, gradient.new_zeros(()).expand(len(others), gradient.shape[1]))
+
+
+def _write(gradient: Tensor, positions: Tensor, rows: Tensor) -> None:
+    if gradient.device.type != "cpu" or gradient.shape[1] < _LONG_ROW:
+        gradient.index_copy_(0, positions, rows.to(gradient.dtype))
+        return
+    # Of new memory index_copy_ touches the pages from many places at once, and takes ten times as long.
+    for place, row in zip(positions.tolist(), rows, strict=True):
+        gradient[place] = row
 
 
 def _terms(
@@ -75,7 +87,7 @@ def _terms(
         terms, slope = _block(logits, kept, weights, None if gradient is None else scale)
         found.append(terms._replace(agrees=agrees))
         if gradient is not None and slope is not None:
-            gradient[positions[rows]] = slope.to(gradient.dtype)
+            _write(gradient, positions[rows], slope)
     if not found:
         return RowTerms(*(labels.new_zeros(labels.shape, dtype=kind) for kind in kinds_of_terms(dtype)))
     return RowTerms(*(torch.cat(parts) for parts in zip(*found, strict=True)))
