@@ -15,7 +15,7 @@ from .cached_collator import CollatorWithTeacherOutputs
 from .fingerprint import teacher_fingerprint
 from .heads import Head
 from .language_head import Trial
-from .losses.truncated import TopOutputs, truncated_rows
+from .losses.truncated import TopOutputs
 from .rows import IGNORE_INDEX, check_beside
 from .targets import PER_EXAMPLE
 from .teacher import Teacher
@@ -195,12 +195,20 @@ def top_rows(batch: Mapping[str, Any], labels: Tensor) -> TopOutputs | None:
     return TopOutputs(logits, indices.long(), target, rest)
 
 
+def number_of_classes(teacher: Teacher, rows: Tensor | TopOutputs) -> int:
+    """Of the teacher's rows, of which not all may be kept."""
+    if isinstance(rows, Tensor):
+        return rows.shape[1]
+    assert isinstance(teacher, CachedTeacher)
+    return teacher.manifest.num_classes
+
+
 def _labelled(labels: Tensor) -> Tensor:
     return (labels.flatten() != IGNORE_INDEX).nonzero().squeeze(1)
 
 
 def aligned_rows(teacher: Teacher, student: Tensor, top: TopOutputs, labels: Tensor) -> classes.Rows:
-    """The student's logits (B, L, C) where there are labels, beside the teacher's `top`, as rows of k + 2 classes."""
+    """The student's logits (B, L, C) as rows, beside the teacher's `top` of those with a label."""
     assert isinstance(teacher, CachedTeacher)
     positions = _labelled(labels)
     check_beside(student, labels, "student")
@@ -216,6 +224,7 @@ def aligned_rows(teacher: Teacher, student: Tensor, top: TopOutputs, labels: Ten
         raise ValueError(classes.other_classes(head, number, size))
     labels = labels.flatten().index_select(0, positions).long()
     classes.check_labels(labels, size)
-    rows = truncated_rows(student.flatten(0, -2)[:, :size], top, labels, manifest.temperature, positions)
-    best = top.indices[:, 0]
-    return classes.Rows(rows.student, rows.teacher, rows.labels, agrees=rows.best == best, hits=best == labels)
+    student = student.flatten(0, -2)
+    # Whole, a slice would still copy the gradient.
+    student = student[:, :size] if number > size else student
+    return classes.Rows(student, top.logits, labels, top=top, positions=positions)

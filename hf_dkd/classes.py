@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from .heads import Head
+from .losses.truncated import TopOutputs
 from .rows import IGNORE_INDEX
 
 # Vocabularies are padded to a multiple of at most this many rows; what differs by more, or by more than an eighth, is
@@ -26,18 +27,19 @@ class Rows(NamedTuple):
     """How many rows make up one example: one for each label of a multi-label head, whose mean counts."""
     by_teacher: Tensor | None = None
     """(R,) booleans, where the teacher chose the label."""
-    agrees: Tensor | None = None
-    """(R,) booleans, where the argmaxes are the same class, of rows whose last column stands for many classes."""
-    hits: Tensor | None = None
-    """(R,) booleans, where the teacher's argmax is the label, of such rows."""
+    top: TopOutputs | None = None
+    """All that is known of the teacher, whose rows (R, k) are then those of its top k logits."""
+    positions: Tensor | None = None
+    """(R,), with `top`: which of the student's rows (M, C) they stand beside."""
 
     def agreement(self) -> Tensor:
         """(R,) booleans: the argmaxes of student and teacher are the same class."""
-        return self.student.argmax(1) == self.teacher.argmax(1) if self.agrees is None else self.agrees
+        return self.student.argmax(1) == self.teacher.argmax(1)
 
     def teacher_hits(self) -> Tensor:
         """(R,) booleans: the teacher's argmax is the label."""
-        return self.teacher.argmax(1) == self.labels if self.hits is None else self.hits
+        best = self.teacher.argmax(1) if self.top is None else self.top.indices[:, 0]
+        return best == self.labels
 
 
 def check_labels(labels: Tensor, classes: int) -> None:

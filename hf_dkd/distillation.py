@@ -250,7 +250,7 @@ class DistillationTraining(LanguageModelDistillation):
         """Outputs of a student that need not compute its loss, and the loss, or None: the pass over rows finds it."""
         outputs = model(**self._without_labels(student_inputs))
         logits = rows.logits_of(outputs, "student")
-        if not isinstance(teacher.rows, TopOutputs) and logits.shape[-1] <= teacher.rows.shape[1]:
+        if logits.shape[-1] <= cached_teacher.number_of_classes(self._the_teacher, teacher.rows):
             return None, outputs
         # That pass sees only the classes that both have.
         return objective.cross_entropy_sum(logits, teacher.labels) * scales.labelled, outputs

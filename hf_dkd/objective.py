@@ -12,6 +12,7 @@ from .classes import Rows
 from .losses.chunked import weighted_rows
 from .losses.row_pass import STUDENT_MASKS, TEACHER_UNUSABLE, Partition, RowTerms, Weights
 from .losses.standardized import standardized
+from .losses.truncated_pass import weighted_top_rows
 from .rows import IGNORE_INDEX
 from .training_args import DKDArgumentsMixin
 
@@ -47,16 +48,19 @@ def distil(
             standardized(logits.masked_fill((rows.labels == IGNORE_INDEX).unsqueeze(1), 0.0))
             for logits in (student, teacher)
         )
-    scale = scale / rows.per_example
+    weights, scale = row_weights(settings, weight, ce_weight), scale / rows.per_example
+    if rows.top is not None and rows.positions is not None:
+        loss, found = weighted_top_rows(student, rows.top, rows.labels, rows.positions, weights, scale=scale)
+        return distilled(loss, found, settings)
     loss, found = weighted_rows(
         student,
         teacher,
         rows.labels,
-        row_weights(settings, weight, ce_weight),
+        weights,
         partition_of(rows, settings, weight),
         scale=scale,
     )
-    if settings.dkd_standardize or rows.agrees is not None:
+    if settings.dkd_standardize:
         # Z-scores may tell no class from another where the models themselves do.
         found = found._replace(agrees=rows.agreement() & (rows.labels != IGNORE_INDEX))
     return distilled(loss, found, settings, rows.per_example)

@@ -105,8 +105,7 @@ def weighted_rows(
     """
     wanted = student.requires_grad and torch.is_grad_enabled()
     gradient = None
-    # In float16 the rest of the scale waits for the backward, whose factor may be a loss scale of thousands.
-    given = _room_in_float16(weights, partition) if student.dtype == torch.float16 else scale
+    given = given_scale(student, scale, weights, partition)
     if torch.compiler.is_compiling() and partition is None:
         factor = torch.as_tensor(given, dtype=terms_dtype(student, teacher), device=student.device)
         numbers = [*weights[:3], weights.ce_weight or 0.0, weights.classical]
@@ -121,11 +120,34 @@ def weighted_rows(
         options: dict[str, Any] = {"ignore_index": ignore_index, "scale": given, "gradient": gradient}
         with torch.no_grad():
             terms = row_pass(student.detach(), teacher.detach(), labels, weights, partition, **options)
+    return loss_with_gradient(student, terms, weights, gradient if wanted else None, scale, given, summed), terms
+
+
+def given_scale(
+    student: Tensor, scale: Tensor | float, weights: Weights, partition: Partition | None = None
+) -> Tensor | float:
+    """What the gradient is multiplied by when it is made: `scale`, but for float16 a power of two instead.
+
+    In float16 the scale waits for the backward, whose factor may be a loss scale of thousands.
+    """
+    return _room_in_float16(weights, partition) if student.dtype == torch.float16 else scale
+
+
+def loss_with_gradient(
+    student: Tensor,
+    terms: RowTerms,
+    weights: Weights,
+    gradient: Tensor | None,
+    scale: Tensor | float,
+    given: Tensor | float,
+    summed: bool = True,
+) -> Tensor:
+    """scale·(sum of the rows' losses), or each row's, whose `gradient` is known but for the factor scale/given."""
     rows = weights.ce_weight * terms.ce + terms.dkd if weights.ce_weight else terms.dkd
     loss = scale * (rows.sum() if summed else rows)
-    if wanted:
-        loss = _WithGradient.apply(student, loss, gradient, 1.0 if given is scale else scale / given)
-    return loss, terms
+    if gradient is None:
+        return loss
+    return _WithGradient.apply(student, loss, gradient, 1.0 if given is scale else scale / given)
 
 
 class _WithGradient(torch.autograd.Function):

@@ -53,7 +53,7 @@ def top_outputs(teacher_logits: Tensor, labels: Tensor, k: int, *, temperature: 
         raise ValueError(f"The k of the top k is {k}; expected 1 to {teacher_logits.shape[1]}, the number of classes.")
     indices = teacher_logits.topk(k, dim=1).indices
     columns = torch.cat((indices, labels.unsqueeze(1)), dim=1)
-    kept, _ = _top_and_tail(teacher_logits.detach(), columns, temperature)
+    kept = _top_and_tail(teacher_logits.detach(), columns, temperature)
     peak = kept[:, :1]
     top, target, tail = (kept - peak).split((k, 1, 1), dim=1)
     return TopOutputs(top, indices, target.squeeze(1), tail.squeeze(1) / temperature)
@@ -83,97 +83,70 @@ def truncated_kl(
             f"Student logits {tuple(student_logits.shape)}, labels {tuple(labels.shape)} and the teacher's top "
             f"{tuple(top.logits.shape)} do not go together: expected (N, C), (N,) and (N, k), k up to C."
         )
-    student, teacher, target, _ = truncated_rows(student_logits, top, labels, temperature)
-    return row_divergences(student, teacher, target, temperature=temperature)
+    columns, repeated = kept_columns(top, labels)
+    student = _top_and_tail(student_logits, columns, temperature, top.logits.dtype)
+    teacher = teacher_rows(top, repeated, temperature, student.dtype)
+    target = torch.full_like(labels, top.logits.shape[1])
+    return row_divergences(student.masked_fill(repeated, -math.inf), teacher, target, temperature=temperature)
 
 
-class TruncatedRows(NamedTuple):
-    """Logits over k + 2 classes, the top k, the target and the tail, whose divergences at T are taken as usual."""
-
-    student: Tensor
-    """(N, k + 2); the tail's logit is T times the log-sum-exp of its logits over T."""
-    teacher: Tensor
-    """(N, k + 2). Both are masked at the target's place among the top k, if it has one."""
-    labels: Tensor
-    """(N,): k, the target's column."""
-    best: Tensor
-    """(N,): the student's most likely class, of all C."""
+def kept_columns(top: TopOutputs, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """The classes of the top k and the target, (N, k + 1), and where among the k + 2 with the tail the target stands
+    once more, (N, k + 2) booleans.
+    """
+    target = labels.unsqueeze(1)
+    return torch.cat((top.indices, target), dim=1), torch.nn.functional.pad(top.indices == target, (0, 2))
 
 
-def truncated_rows(
-    student_logits: Tensor, top: TopOutputs, labels: Tensor, temperature: float, positions: Tensor | None = None
-) -> TruncatedRows:
-    """The rows of `student_logits` (M, C) at `positions` (N,), by default all, beside the teacher's; without checks."""
-    columns = torch.cat((top.indices, labels.unsqueeze(1)), dim=1)
-    student, best = _top_and_tail(student_logits, columns, temperature, positions, top.logits.dtype)
-    dtype = student.dtype
-    teacher = (top.logits, top.target.unsqueeze(1), temperature * top.rest.unsqueeze(1))
-    out = torch.nn.functional.pad(top.indices == labels.unsqueeze(1), (0, 2))
-    return TruncatedRows(
-        student.masked_fill(out, -math.inf),
-        torch.cat([part.to(dtype) for part in teacher], dim=1).masked_fill(out, -math.inf),
-        torch.full_like(labels, top.logits.shape[1]),
-        best,
-    )
+def teacher_rows(top: TopOutputs, repeated: Tensor, temperature: float, dtype: torch.dtype) -> Tensor:
+    """The teacher's logits of the top k, the target and the tail, (N, k + 2), -inf where the target is `repeated`.
+
+    The tail's logit is T times the log-sum-exp of its logits over T.
+    """
+    parts = (top.logits, top.target.unsqueeze(1), temperature * top.rest.unsqueeze(1))
+    return torch.cat([part.to(dtype) for part in parts], dim=1).masked_fill(repeated, -math.inf)
 
 
-def _top_and_tail(
-    logits: Tensor,
-    columns: Tensor,
-    temperature: float,
-    positions: Tensor | None = None,
-    dtype: torch.dtype = torch.float32,
-) -> tuple[Tensor, Tensor]:
-    if positions is None:
-        positions = torch.arange(len(logits), device=logits.device)
+def _top_and_tail(logits: Tensor, columns: Tensor, temperature: float, dtype: torch.dtype = torch.float32) -> Tensor:
     dtype = torch.promote_types(torch.promote_types(logits.dtype, dtype), torch.float32)
-    return _TopAndTail.apply(logits, positions, columns, temperature, dtype)
+    return _TopAndTail.apply(logits, columns, temperature, dtype)
 
 
 class _TopAndTail(torch.autograd.Function):
-    """Rows of logits at some columns, and T times the log-sum-exp over T of their others: (N, m + 1); and the argmax.
+    """Rows of logits at some columns, and T times the log-sum-exp over T of their others: (N, m + 1).
 
     In blocks that stay in a CPU's cache, with the gradient written out: nothing of the size of the logits is made but
     the gradient itself.
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, logits: Tensor, positions: Tensor, columns: Tensor, temperature: float, dtype: torch.dtype
-    ) -> tuple[Tensor, Tensor]:
-        chosen, peaks, masses, best = [], [], [], []
-        for at, these in _blocks(logits, positions, columns):
-            rows = logits.index_select(0, at).to(dtype)
-            best.append(rows.argmax(1))
-            chosen.append(rows.gather(1, these))
-            tail = rows.scatter_(1, these, -math.inf)
+    def forward(ctx: Any, logits: Tensor, columns: Tensor, temperature: float, dtype: torch.dtype) -> Tensor:
+        chosen, peaks, masses = [], [], []
+        for rows, these in _blocks(logits, columns):
+            chosen.append(logits[rows].gather(1, these).to(dtype))
+            tail = logits[rows].to(dtype, copy=True).scatter_(1, these, -math.inf)
             peak = tail.amax(1, keepdim=True)
             # Of no class at all the log-sum-exp is -inf, and its gradient 0.
             peaks.append(peak.masked_fill(peak == -math.inf, 0.0))
             masses.append(tail.sub_(peaks[-1]).div_(temperature).exp_().sum(1, keepdim=True))
         peak, mass = torch.cat(peaks), torch.cat(masses)
-        ctx.save_for_backward(logits, positions, columns, peak, mass.clamp(min=torch.finfo(dtype).tiny))
+        ctx.save_for_backward(logits, columns, peak, mass.clamp(min=torch.finfo(dtype).tiny))
         ctx.temperature = temperature
-        output, argmax = torch.cat((torch.cat(chosen), peak + temperature * mass.log()), dim=1), torch.cat(best)
-        ctx.mark_non_differentiable(argmax)
-        return output, argmax
+        return torch.cat((torch.cat(chosen), peak + temperature * mass.log()), dim=1)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor, _: Any) -> tuple[Tensor, None, None, None, None]:
-        logits, positions, columns, peak, mass = ctx.saved_tensors
-        of_logits, scale, start = torch.zeros_like(logits), gradient[:, -1:] / mass, 0
-        for at, these in _blocks(logits, positions, columns):
-            block = slice(start, start + len(at))
-            tail = logits.index_select(0, at).to(gradient.dtype).scatter_(1, these, -math.inf)
-            tail.sub_(peak[block]).div_(ctx.temperature).exp_().mul_(scale[block])
-            tail.scatter_add_(1, these, gradient[block, :-1].contiguous())
-            of_logits.index_copy_(0, at, tail.to(logits.dtype))
-            start += len(at)
-        return of_logits, None, None, None, None
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+        logits, columns, peak, mass = ctx.saved_tensors
+        of_logits, scale = torch.empty_like(logits), gradient[:, -1:] / mass
+        for rows, these in _blocks(logits, columns):
+            tail = logits[rows].to(gradient.dtype, copy=True).scatter_(1, these, -math.inf)
+            tail.sub_(peak[rows]).div_(ctx.temperature).exp_().mul_(scale[rows])
+            of_logits[rows] = tail.scatter_add_(1, these, gradient[rows, :-1]).to(logits.dtype)
+        return of_logits, None, None, None
 
 
-def _blocks(logits: Tensor, positions: Tensor, columns: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
-    on_cpu = logits.device.type == "cpu"
-    rows = max(_BLOCK_NUMBERS // logits.shape[1], 1) if on_cpu else max(len(positions), 1)
-    return zip(positions.split(rows), columns.split(rows), strict=True)
+def _blocks(logits: Tensor, columns: Tensor) -> Iterable[tuple[slice, Tensor]]:
+    count, on_cpu = len(logits), logits.device.type == "cpu"
+    size = max(_BLOCK_NUMBERS // logits.shape[1], 1) if on_cpu else max(count, 1)
+    return ((slice(start, start + size), columns[start : start + size]) for start in range(0, max(count, 1), size))
