@@ -6,7 +6,7 @@ VENV_BENCH := .venv-bench
 
 DEMO_OUTPUT ?= outputs/digits
 BENCH_OUTPUT ?= outputs/bench
-BENCHMARKS ?= logits_loss linear_loss step_time cache
+BENCHMARKS ?= logits_loss linear_loss step_time paper_step cache
 
 # Nothing that is run here needs the Hub.
 export HF_HUB_OFFLINE := 1
