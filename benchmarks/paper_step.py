@@ -11,6 +11,7 @@ in one process, with models of their own; the first steps of a turn are not time
 """
 
 import logging
+import math
 import sys
 import tempfile
 import time
@@ -56,7 +57,8 @@ def models(pair: str) -> tuple[Any, Any]:
 
 
 def images(steps: int, device: torch.device) -> DeviceImages:
-    pixels = torch.randint(256, (steps * BATCH_SIZE, 32, 32, 3), dtype=torch.uint8)
+    # The last batch is smaller, as with the 50,000 images of CIFAR-100.
+    pixels = torch.randint(256, (steps * BATCH_SIZE - 48, 32, 32, 3), dtype=torch.uint8)
     labels = torch.randint(100, (len(pixels),))
     views: dict[str, Any] = {"padding": 4, "mirror": True}
     return DeviceImages(pixels, labels, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25), device=device, **views)
@@ -115,7 +117,7 @@ class OurTrainer:
         self, pair: str, data: DeviceImages, device: torch.device, bf16: bool, compiled: bool, output: str, **given: Any
     ) -> None:
         args = PaperTrainingArguments(
-            output, pair=pair, max_steps=len(data) // BATCH_SIZE, eval_strategy="no", save_strategy="no", bf16=bf16,
+            output, pair=pair, max_steps=math.ceil(len(data) / BATCH_SIZE), eval_strategy="no", save_strategy="no", bf16=bf16,
             torch_compile=compiled, teacher_compile=compiled, use_cpu=device.type == "cpu", report_to="none",
             disable_tqdm=True, **given,
         )  # fmt: skip
@@ -141,6 +143,7 @@ def main() -> None:
     set_verbosity_error()
     logging.getLogger("hf_dkd").setLevel(logging.ERROR)
 
+    torch._dynamo.config.automatic_dynamic_shapes = False  # as in the recipe
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     data = images(arguments.steps or (200 if device.type == "cuda" else 13), device)
     sections, measured, goals = {}, {}, []

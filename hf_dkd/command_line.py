@@ -27,7 +27,8 @@ def parse(*dataclasses: Any) -> tuple[Any, ...]:
     defaults = vars(parser.parse_args([]))
     config = parser.parse_known_args()[0].config
     if config is not None:
-        parser.set_defaults(**_read_config(config, defaults, parser.error))
+        aliases = {name.lstrip("-"): action.dest for action in parser._actions for name in action.option_strings}
+        parser.set_defaults(**_read_config(config, defaults, aliases, parser.error))
     values = vars(parser.parse_args())
     try:
         filled = parser.parse_dict(dict(values))
@@ -37,13 +38,16 @@ def parse(*dataclasses: Any) -> tuple[Any, ...]:
     return (*filled, changed)
 
 
-def _read_config(path: str, known: dict[str, Any], error: Callable[[str], NoReturn]) -> dict[str, Any]:
+def _read_config(
+    path: str, known: dict[str, Any], aliases: dict[str, str], error: Callable[[str], NoReturn]
+) -> dict[str, Any]:
     try:
         content = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
     except (OSError, yaml.YAMLError) as problem:
         error(f"cannot read --config {path}: {' '.join(str(problem).split())}")
     if not isinstance(content, dict):
         error(f"--config {path} holds a {type(content).__name__}; expected options and their values")
+    content = {aliases.get(name, name): value for name, value in content.items()}
     for name in content:
         if name not in known:
             near = difflib.get_close_matches(str(name), known, n=1)

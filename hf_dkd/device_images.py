@@ -12,6 +12,7 @@ from datasets import Dataset
 from PIL.Image import Resampling
 from torch import Tensor
 from torch.nn.functional import pad
+from torch.utils.data import get_worker_info
 
 
 def pixels_of(rows: Dataset, size: int, column: str = "image") -> Tensor:
@@ -84,9 +85,17 @@ class DeviceImages(torch.utils.data.Dataset):
         return {name: values[0] for name, values in self.__getitems__([index]).items()}
 
     def __getitems__(self, indices: Sequence[int]) -> dict[str, Tensor]:
-        """A batch of these examples."""
+        """A batch of these examples.
+
+        Raises:
+            RuntimeError: in a worker of a loader, which would not see the epochs change.
+        """
+        if get_worker_info() is not None:
+            raise RuntimeError("DeviceImages was asked by a worker; expected none: set dataloader_num_workers=0.")
         self._draw()
-        at = torch.tensor(indices, device=self.labels.device)
+        at = torch.tensor(indices)
+        if self.labels.is_cuda:  # out of pinned memory the host need not wait for the copy
+            at = at.pin_memory().to(self.labels.device, non_blocking=True)
         rows, columns = (
             offset[at].unsqueeze(1) + torch.arange(length, device=at.device)
             for offset, length in ((self._top, self.height), (self._left, self.width))

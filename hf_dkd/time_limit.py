@@ -1,17 +1,33 @@
 """Training in slices, for a machine that is lent for minutes or may be taken away."""
 
+import os
 import time
+from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+# To agree on the time is a wait for all processes and their devices.
+_STEPS_BETWEEN_LOOKS = 10
+
+
+def last_checkpoint(output_dir: str | os.PathLike[str]) -> str | None:
+    """The newest checkpoint of a training in `output_dir` that is whole; None where there is none.
+
+    `transformers.trainer_utils.get_last_checkpoint` also returns one whose writing was interrupted, from which no
+    training resumes: `trainer_state.json` is what Trainer writes last.
+    """
+    whole = [file.parent for file in Path(output_dir).glob("checkpoint-*/trainer_state.json")]
+    return str(max(whole, key=lambda folder: int(folder.name.rpartition("-")[2]))) if whole else None
+
 
 class TimeLimit(TrainerCallback):
     """Writes a checkpoint once the time is over, and ends the script; training resumes from there when started again.
 
-    The optimizer step that runs then is finished, on all processes the same one, and so is the evaluation of an epoch.
+    The optimizer step that runs then is finished, of several processes up to nine more, and so is the evaluation of an
+    epoch.
 
     Args:
         minutes: from the making of this callback, above 0.
@@ -29,7 +45,8 @@ class TimeLimit(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         # After the last step of an epoch its evaluation comes first: no run that resumes there would make up for it.
-        if state.epoch is None or not float(state.epoch).is_integer():
+        ends_epoch = state.epoch is not None and float(state.epoch).is_integer()
+        if not ends_epoch and (args.world_size == 1 or state.global_step % _STEPS_BETWEEN_LOOKS == 0):
             self._look(args, state, control)
 
     def on_epoch_end(

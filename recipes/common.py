@@ -16,13 +16,14 @@ import datasets
 import yaml
 from datasets import ClassLabel, Dataset, DatasetDict, Value
 from transformers import AutoConfig, AutoTokenizer, set_seed
-from transformers.trainer_utils import PredictionOutput, get_last_checkpoint
+from transformers.trainer_utils import PredictionOutput
 
 from hf_dkd.cache_format import manifest_of, without_teacher_inputs
 from hf_dkd.command_line import parse as parse  # for the recipes
 from hf_dkd.metrics import class_columns
 from hf_dkd.splits import hold_out
 from hf_dkd.student import change_config, keep_layers
+from hf_dkd.time_limit import last_checkpoint
 
 PACKAGES = ("hf-dkd", "torch", "transformers", "accelerate", "datasets", "evaluate", "peft", "numpy")
 
@@ -47,7 +48,7 @@ class DataArguments:
     train_file: str | None = option(None, "Parquet, CSV or JSON file, instead of a name.")
     validation_file: str | None = option(None, "The same for validation.")
     test_file: str | None = option(None, "The same for testing.")
-    validation_share: float = option(0.1, "Share of the training set held out, where there is no validation split.")
+    validation_share: float | None = option(0.1, "Share of the training set held out, if no split is for validation.")
     split_seed: int = option(0, "Seed of that split; --seed does not move it.")
     max_train_samples: int | None = option(None, "Use the first ones only.")
     max_eval_samples: int | None = option(None, "The same for validation and test.")
@@ -106,7 +107,7 @@ def load_splits(data: DataArguments) -> DatasetDict:
             splits["validation"] = split
         elif name.startswith("test") and data.evaluate_on_test:
             splits["test"] = split
-    if "validation" not in splits and data.validation_share != 0:
+    if "validation" not in splits and data.validation_share is not None:
         splits |= hold_out(splits["train"], data.validation_share, data.split_seed)
     for name, split in splits.items():
         most = data.max_train_samples if name == "train" else data.max_eval_samples
@@ -209,9 +210,8 @@ def run(
         settings["teacher_model_name_or_path"] = args.teacher_model_name_or_path
     resume = args.resume_from_checkpoint
     if resume == "last":
-        resume = get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None
-    # Whatever was loaded before, the same seed gives the same order of batches and the same dropout.
-    set_seed(args.seed)
+        resume = last_checkpoint(args.output_dir)
+    set_seed(args.seed)  # whatever was loaded before, the same order of batches and the same dropout
     start = time.perf_counter()
     trainer.train(resume_from_checkpoint=resume)
     seconds = time.perf_counter() - start

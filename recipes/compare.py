@@ -77,8 +77,8 @@ def run_once(args: CompareArguments, passed: list[str], folder: Path, settings: 
         with (folder / "log.txt").open("a") as log:
             code = subprocess.run([*launch, *wanted, *resume], stdout=log, stderr=log, check=False).returncode
         if code != 0 or not done.exists():
-            lines = [line.strip() for line in (folder / "log.txt").read_text().splitlines() if "rror" in line]
-            cause = next((line for line in reversed(lines) if "CalledProcessError" not in line), f"code {code}")
+            lines = [line.strip() for line in (folder / "log.txt").read_text().splitlines() if "rror" in line and code]
+            cause = next((line for line in reversed(lines) if "CalledProcessError" not in line), "no results")
             fail(f"the run in {folder} failed ({cause}); see its log.txt. Start again to go on from there.")
     return json.loads(done.read_text())
 

@@ -18,19 +18,19 @@ from typing import Any
 import common
 import torch
 from cifar_models import config_of
-from common import parse
-from paper_data import Images, PaperArguments, load
+from common import fail, parse
+from paper_data import Images, PaperArguments, claim, load, teacher_folder, teacher_settings
 from paper_presets import CIFAR, IMAGENET_STUDENTS, PAIRS, TEACHER_LEARNING_RATE, PaperTrainingArguments
 from torch.optim.lr_scheduler import MultiStepLR
 from transformers import AutoConfig, AutoModelForImageClassification, TrainerCallback, set_seed
-from transformers.trainer_utils import get_last_checkpoint
 
-from hf_dkd import DKDTrainer
+from hf_dkd import DKDTrainer, Teacher
 from hf_dkd.images import CountEpochs
 from hf_dkd.metrics import classification_metrics
-from hf_dkd.time_limit import TimeLimit
+from hf_dkd.time_limit import TimeLimit, last_checkpoint
 
 ARGUMENTS = (PaperArguments, PaperTrainingArguments)
+FREE = ("minutes", "output_dir", "resume_from_checkpoint")  # may differ when a training goes on
 
 
 class PaperTrainer(DKDTrainer):
@@ -57,28 +57,24 @@ def make_model(name: str, labels: list[str]) -> Any:
     if name not in IMAGENET_STUDENTS:
         return AutoModelForImageClassification.from_config(config_of(name, **classes))
     kind, changes = IMAGENET_STUDENTS[name]
-    return AutoModelForImageClassification.from_config(AutoConfig.for_model(kind, **classes, **changes))
+    model = AutoModelForImageClassification.from_config(AutoConfig.for_model(kind, **classes, **changes))
+    for norm in (part for part in model.modules() if isinstance(part, torch.nn.BatchNorm2d)):
+        norm.momentum = 0.1  # MobileNetV1's 0.9997 is TensorFlow's: here it would forget all batches but the last
+    return model
 
 
-def make_trainer(model: Any, images: Images, args: Any, callbacks: list[TrainerCallback]) -> PaperTrainer:
-    with common.loading("teacher", args.teacher_model_name_or_path):
-        return PaperTrainer(
-            model=model,
-            args=args,
-            data_collator=images.collator,
-            train_dataset=images.splits["train"],
-            eval_dataset=images.splits.get("validation", images.splits.get("test")),
-            processing_class=images.processor,
-            compute_metrics=classification_metrics,
-            callbacks=[CountEpochs(), *callbacks],
-        )
-
-
-def teacher_folder(name: str, data: PaperArguments) -> str:
-    """Where a teacher is if nothing else is said: one for each kind of images, so that it learns from the student's."""
-    size = f"-{data.image_size}px" if data.image_size != 32 else ""
-    noise = f"-noise{data.label_noise:g}" if data.label_noise else ""
-    return f"outputs/teachers/{name}{size}{noise}{'-auto_augment' if data.auto_augment else ''}"
+def make_trainer(model: Any, images: Images, args: Any, callbacks: list[TrainerCallback], teacher: Any = None) -> Any:
+    return PaperTrainer(
+        model=model,
+        args=args,
+        data_collator=images.collator,
+        train_dataset=images.splits["train"],
+        eval_dataset=images.splits.get("validation", images.splits.get("test")),
+        processing_class=images.processor,
+        compute_metrics=classification_metrics,
+        callbacks=[CountEpochs(), *callbacks],
+        teacher=teacher,
+    )
 
 
 def train_teacher(name: str, images: Images, args: Any, callbacks: list[TrainerCallback]) -> None:
@@ -87,41 +83,60 @@ def train_teacher(name: str, images: Images, args: Any, callbacks: list[TrainerC
     args.output_dir, args.teacher_model_name_or_path = args.teacher_model_name_or_path, None
     args.num_train_epochs = args.teacher_epochs or args.num_train_epochs
     args.learning_rate = TEACHER_LEARNING_RATE
-    Path(args.output_dir).mkdir(parents=True, exist_ok=True)
     set_seed(args.seed)
     trainer = make_trainer(make_model(name, images.names), images, args, callbacks)
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(args.output_dir))
-    trainer.save_state()
+    trainer.train(resume_from_checkpoint=last_checkpoint(args.output_dir))
     trainer.save_model()
+    trainer.save_state()  # last: it tells that the weights are there
+    trainer.accelerator.wait_for_everyone()
+
+
+def load_teacher(path: str, images: Images, args: Any) -> Teacher:
+    """The teacher, whose classes are those of the data; ImageNet's have other names on the Hub, in the same order."""
+    with common.loading("teacher", path):
+        options = args.teacher_model_init_kwargs or {}
+        model = AutoModelForImageClassification.from_pretrained(path, revision=args.teacher_model_revision, **options)
+        return Teacher(model, label_names=images.names)
 
 
 def build(
     data: PaperArguments, args: PaperTrainingArguments, callbacks: list[TrainerCallback] | None = None
 ) -> tuple[PaperTrainer, dict[str, Any]]:
     """The trainer of the student, whose teacher is trained first if need be, and the splits."""
-    pair, callbacks = PAIRS[args.pair], callbacks or []
-    if args.teacher_model_name_or_path is None:
-        args.teacher_model_name_or_path = teacher_folder(pair.teacher, data) if pair.schedule is CIFAR else pair.teacher
+    pair, callbacks, path = PAIRS[args.pair], callbacks or [], args.teacher_model_name_or_path
     images = load(data, args)
-    if pair.schedule is CIFAR and not Path(args.teacher_model_name_or_path, "config.json").exists():
-        train_teacher(pair.teacher, images, args, callbacks)
+    if pair.schedule is CIFAR:
+        path = args.teacher_model_name_or_path = path or teacher_folder(pair.teacher, data)
+        trained_here = not Path(path, "config.json").exists() or Path(path, "training.json").exists()
+        if trained_here:
+            claim(path, teacher_settings(pair.teacher, data, args))
+        if trained_here and not Path(path, "trainer_state.json").exists():
+            train_teacher(pair.teacher, images, args, callbacks)
+    path, args.teacher_model_name_or_path = path or pair.teacher, None
+    teacher = load_teacher(path, images, args)
     set_seed(args.seed)
-    path = data.student_model_name_or_path
-    with common.loading("student", path):
+    start = data.student_model_name_or_path
+    with common.loading("student", start):
         auto = AutoModelForImageClassification
-        model = make_model(pair.student, images.names) if path is None else auto.from_pretrained(path)
-    return make_trainer(model, images, args, callbacks), images.splits
+        model = make_model(pair.student, images.names) if start is None else auto.from_pretrained(start)
+    trainer = make_trainer(model, images, args, callbacks, teacher)
+    args.teacher_model_name_or_path = path  # for results.json
+    return trainer, images.splits
 
 
 def accuracies(history: list[dict[str, float]]) -> tuple[float, float, float]:
     """Of the last epoch, of the best one, and which one that was, from the log of a run."""
     epochs = [(entry["eval_accuracy"], entry["epoch"]) for entry in history if "eval_accuracy" in entry]
+    if not epochs:
+        fail("the run was not evaluated: leave --eval_strategy epoch as it is.")
     best, epoch = max(epochs)
     return epochs[-1][0], best, epoch
 
 
 def main() -> None:
     data, args, settings = parse(*ARGUMENTS)
+    torch._dynamo.config.automatic_dynamic_shapes = False  # the last batch of an epoch is smaller: compiled apart
+    claim(args.output_dir, {name: value for name, value in settings.items() if name not in FREE})
     trainer, splits = build(data, args, [TimeLimit(data.minutes)] if data.minutes else [])
     dataset = data.train_file or data.dataset_name
     common.run(trainer, splits, settings, primary="accuracy", tasks="image-classification", dataset=dataset)

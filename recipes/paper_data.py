@@ -1,10 +1,13 @@
 """The images of `paper_cifar100.py`: those of CIFAR-100 stay on the device, those of ImageNet are read when needed."""
 
+import json
+import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from common import option
+from common import fail, option
 from datasets import DatasetDict
 from paper_presets import CIFAR, PAIRS, PaperTrainingArguments
 from PIL import ImageOps
@@ -20,7 +23,7 @@ IMAGENET_COLOURS: dict[str, Any] = {"image_mean": (0.485, 0.456, 0.406), "image_
 
 @dataclass
 class PaperArguments(ImageDataArguments):
-    validation_share: float = option(0.0, "Held out and watched instead of the test set, which the paper watches.")
+    validation_share: float | None = option(None, "Held out, to be watched instead of the test set, as for tuning.")
     image_size: int = option(32, "Pixels a side, of CIFAR-100.")
     label_noise: float = option(0.0, "Share of the training images that get the label of another class.")
     auto_augment: bool = option(False, "AutoAugment besides, for CIFAR-100; --dataloader_num_workers make it faster.")
@@ -34,6 +37,38 @@ class PaperArguments(ImageDataArguments):
             raise ValueError(f"label_noise is {self.label_noise}; expected a share from 0 to 1.")
 
 
+# What a teacher learns from.
+_OF_TEACHERS = ("dataset_name", "dataset_config_name", "train_file", "max_train_samples", "validation_share")
+
+
+def teacher_folder(name: str, data: PaperArguments) -> str:
+    """Where a teacher is if nothing else is said: one for each kind of images, as it learns from the student's."""
+    size = f"-{data.image_size}px" if data.image_size != 32 else ""
+    noise = f"-noise{data.label_noise:g}" if data.label_noise else ""
+    return f"outputs/teachers/{name}{size}{noise}{'-auto_augment' if data.auto_augment else ''}"
+
+
+def teacher_settings(name: str, data: PaperArguments, args: PaperTrainingArguments) -> dict[str, Any]:
+    """What makes a teacher that is trained here another one; the seed does not."""
+    own = {"teacher": name, "teacher_epochs": args.teacher_epochs or args.num_train_epochs}
+    of_images = {option: getattr(data, option) for option in ("image_size", "label_noise", "auto_augment")}
+    return own | of_images | {option: getattr(data, option) for option in _OF_TEACHERS}
+
+
+def claim(folder: str, settings: dict[str, Any]) -> None:
+    """Keep a folder for one training, which goes on there: another one would take its checkpoints for its own."""
+    file, settings = Path(folder, "training.json"), json.loads(json.dumps(settings, default=str))
+    begun = any(file.parent.glob("**/trainer_state.json"))
+    if begun and file.exists() and (there := json.loads(file.read_text())) != settings:
+        changed = [name for name in {**there, **settings} if there.get(name) != settings.get(name)]
+        told = ", ".join(f"{name} {there.get(name)} and not {settings.get(name)}" for name in sorted(changed))
+        fail(f"{folder} holds a training with {told}: choose another folder, or remove it.")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    written = file.with_suffix(f".{os.getpid()}")
+    written.write_text(json.dumps(settings, indent=2))
+    written.replace(file)  # other processes read it
+
+
 class Images(NamedTuple):
     """Splits, the collator that makes batches of them, the processor for other images, and the names of the classes."""
 
@@ -45,13 +80,18 @@ class Images(NamedTuple):
 
 def load(data: PaperArguments, args: PaperTrainingArguments) -> Images:
     rows, names = load_images(data)
+    if len(rows) == 1:
+        fail("no split to watch: give data with a test split, or hold out a validation split, --validation_share 0.1.")
     if data.label_noise:
         wrong = noisy(torch.tensor(rows["train"]["labels"]), len(names), data.label_noise, data.split_seed)
         feature = rows["train"].features["labels"]
         rows["train"] = rows["train"].remove_columns("labels").add_column("labels", wrong.tolist(), feature=feature)
     if PAIRS[args.pair].schedule is not CIFAR:
         return imagenet_images(rows, names, args)
-    return (strongly_augmented if data.auto_augment else cifar_images)(rows, names, data, args)
+    if data.auto_augment:
+        return strongly_augmented(rows, names, data, args)
+    args.dataloader_num_workers, args.dataloader_pin_memory = 0, False  # for images that are on the device
+    return cifar_images(rows, names, data, args)
 
 
 def cifar_processor(size: int) -> ViTImageProcessorPil:

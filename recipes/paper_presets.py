@@ -68,16 +68,21 @@ _PAIRS = (
     Pair("vgg13", "mobilenet_v2", 6, 0.01, reported(74.64, 64.60, 67.37, 69.71)),
     Pair("resnet50", "mobilenet_v2", 8, 0.01, reported(79.34, 64.60, 67.35, 70.35)),
     Pair("resnet32x4", "shufflenet_v2", 8, 0.01, reported(79.42, 71.82, 74.45, 77.07)),
+    # The Hub's teachers are not the paper's, whose accuracies these are.
     Pair("microsoft/resnet-34", "resnet18", 0.5, 0.2, reported(73.31, 69.75, 70.66, 71.70), schedule=IMAGENET),
     Pair("microsoft/resnet-50", "mobilenet_v1", 2, 0.2, reported(76.16, 68.87, 68.58, 72.05), schedule=IMAGENET),
     # Not the paper's: for a processor, at --image_size 16.
     Pair("resnet20", "resnet8", 2, 0.05),
 )
 PAIRS = {f"{pair.teacher}-{pair.student}".replace("microsoft/resnet-", "resnet"): pair for pair in _PAIRS}
+DEFAULT_PAIR = "resnet32x4-resnet8x4"
 # Students on ImageNet: model type and config. (MobileNetV1's own dropout would leave a thousandth of the features.)
 IMAGENET_STUDENTS: dict[str, tuple[str, dict[str, Any]]] = {
     "resnet18": ("resnet", {"depths": [2, 2, 2, 2], "hidden_sizes": [64, 128, 256, 512], "layer_type": "basic"}),
-    "mobilenet_v1": ("mobilenet_v1", {"classifier_dropout_prob": 0.0, "tf_padding": False, "layer_norm_eps": 1e-5}),
+    "mobilenet_v1": (
+        "mobilenet_v1",
+        {"classifier_dropout_prob": 0.0, "tf_padding": False, "layer_norm_eps": 1e-5, "hidden_act": "relu"},
+    ),
 }
 
 
@@ -85,7 +90,7 @@ IMAGENET_STUDENTS: dict[str, tuple[str, dict[str, Any]]] = {
 class PaperTrainingArguments(DKDTrainingArguments):
     """What is not given is the paper's."""
 
-    pair: str = option("resnet32x4-resnet8x4", "Teacher and student.", choices=list(PAIRS))
+    pair: str = option(DEFAULT_PAIR, "Teacher and student.", choices=list(PAIRS))
     teacher_model_name_or_path: str | None = option(
         None,
         "Folder of the teacher; one for CIFAR-100 is trained there if it holds none. By default in outputs/teachers.",
@@ -111,25 +116,30 @@ class PaperTrainingArguments(DKDTrainingArguments):
     resume_from_checkpoint: str | None = "last"
     logging_steps: float = 100
     logging_nan_inf_filter: bool = False  # it reads the device at every step
-    dataloader_pin_memory: bool = False  # the images are on the device already
     remove_unused_columns: bool = False
 
     def __post_init__(self) -> None:
-        pair, kd = PAIRS[self.pair], self.distillation == "kd"
-        schedule = pair.schedule
+        schedule = PAIRS[self.pair].schedule
         if self.num_train_epochs is None:
             self.num_train_epochs = schedule.epochs
-        defaults = {
-            "learning_rate": pair.learning_rate,
-            "weight_decay": schedule.weight_decay,
-            "per_device_train_batch_size": schedule.batch_size // int(os.environ.get("WORLD_SIZE", "1")),
-            "ce_weight": schedule.kd["ce_weight"] if kd else 1.0,
-            "dkd_alpha": schedule.kd["dkd_alpha"] if kd else 1.0,
-            "dkd_beta": 1.0 if kd else pair.beta,
-            "dkd_temperature": schedule.temperature,
-            "dkd_warmup_epochs": 0.0 if kd else schedule.warmup_epochs * self.num_train_epochs / schedule.epochs,
-        }
-        for name, value in defaults.items():
+        if self.dkd_warmup_steps and self.dkd_warmup_epochs is None:
+            self.dkd_warmup_epochs, self.dkd_warmup_staircase = 0.0, False
+        for name, value in published(self.pair, self.distillation, self.num_train_epochs).items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
         super().__post_init__()
+
+
+def published(pair: str, distillation: str, epochs: float) -> dict[str, float]:
+    """The paper's settings of a pair, for a schedule of so many epochs."""
+    schedule, kd = PAIRS[pair].schedule, distillation == "kd"
+    return {
+        "learning_rate": PAIRS[pair].learning_rate,
+        "weight_decay": schedule.weight_decay,
+        "per_device_train_batch_size": schedule.batch_size // int(os.environ.get("WORLD_SIZE", "1")),
+        "ce_weight": schedule.kd["ce_weight"] if kd else 1.0,
+        "dkd_alpha": schedule.kd["dkd_alpha"] if kd else 1.0,
+        "dkd_beta": 1.0 if kd else PAIRS[pair].beta,
+        "dkd_temperature": schedule.temperature,
+        "dkd_warmup_epochs": 0.0 if kd else schedule.warmup_epochs * epochs / schedule.epochs,
+    }

@@ -2,9 +2,9 @@
 
     python recipes/paper_table.py --runs outputs/compare --output_dir outputs/paper_table
 
-Looks for runs in the folders and below them. Runs whose folders are called seed-0, seed-1, … in one folder, as those of
-`compare.py` are, make one line: the mean over seeds and its 95 % t-interval, of the last epoch and of the best one. The
-paper's figures for DKD are of the best epoch on the test set, those for other methods of the last one.
+Looks for runs in the folders and below them. Runs in seed-0, seed-1, … of one folder, as those of `compare.py` are,
+make one line: the mean over seeds and its 95 % t-interval, of the last epoch and of the best one. The paper's figures
+for DKD are of the best epoch on the test set, those for other methods of the last one.
 """
 
 import json
@@ -15,12 +15,19 @@ from typing import Any, NamedTuple
 
 from common import fail, option, parse
 from paper_cifar100 import accuracies
-from paper_presets import PAIRS
+from paper_presets import DEFAULT_PAIR, PAIRS, published
 from scipy.stats import ttest_1samp
 
-# With one of these a run has no counterpart in the paper's main tables.
-_OTHER_DATA = ("image_size", "max_train_samples", "validation_share", "label_noise", "auto_augment")
-_OTHERWISE = (*_OTHER_DATA, "learning_rate", "ce_weight", "dkd_alpha", "dkd_beta", "dkd_temperature")
+# What the paper's figures do not depend on. Whether the data is CIFAR-100 is for the reader to know.
+_FREE = {
+    "pair", "seed", "distillation", "num_train_epochs", "dkd_warmup_epochs", "output_dir", "minutes", "run_name",
+    "teacher_model_name_or_path", "teacher_epochs", "dataset_name", "dataset_config_name", "train_file", "test_file",
+    "image_column_name", "label_column_name", "bf16", "fp16", "tf32", "torch_compile", "teacher_compile", "use_cpu",
+    "per_device_eval_batch_size", "eval_with_teacher", "dataloader_num_workers", "disable_tqdm",
+}  # fmt: skip
+_FREE_BEGINNINGS = ("report_to", "logging_", "log_", "save_", "push_to_hub", "hub_", "resume_")
+# With one of these the teacher has another accuracy too.
+_OTHER_DATA = ("image_size", "max_train_samples", "max_eval_samples", "validation_share", "label_noise", "auto_augment")
 
 
 @dataclass
@@ -36,41 +43,48 @@ class Run(NamedTuple):
     last: float
     best: float
     epochs: float
-    seconds: float
+    seconds: float | None
     method: str | None
 
 
 def method_of(settings: dict[str, Any]) -> str | None:
     """The method of the paper's table that a run repeats; None for one that is not there."""
-    changed = {name for name in _OTHERWISE if name in settings}
-    if float(settings.get("dkd_alpha", 1)) == float(settings.get("dkd_beta", 1)) == 0:
+    pair, distillation = settings.get("pair", DEFAULT_PAIR), settings.get("distillation", "dkd")
+    own = published(pair, distillation, PAIRS[pair].schedule.epochs)
+    changed = {
+        name
+        for name, value in settings.items()
+        if name not in _FREE and not name.startswith(_FREE_BEGINNINGS) and value != own.get(name)
+    }
+    if settings.get("dkd_alpha") == settings.get("dkd_beta") == 0:
         return None if changed - {"dkd_alpha", "dkd_beta"} else "cross-entropy"
-    return None if changed else str(settings.get("distillation", "dkd"))
+    return None if changed else distillation
 
 
-def read(folder: Path, method: str | None, seconds: float = 0.0) -> Run:
+def read(folder: Path, method: str | None, seconds: float | None = None) -> Run:
     state = json.loads((folder / "trainer_state.json").read_text())
     last, best, _ = accuracies(state["log_history"])
     return Run(100 * last, 100 * best, state["epoch"], seconds, method)
 
 
-def find(folders: list[str]) -> dict[tuple[str, str], list[Run]]:
-    """Runs by pair and method, the teachers too."""
-    found: dict[tuple[str, str], list[Run]] = defaultdict(list)
+def find(folders: list[str]) -> dict[tuple[str, str, str], list[Run]]:
+    """Runs by pair, method and the folder that they are in, the teachers too."""
+    found: dict[tuple[str, str, str], list[Run]] = defaultdict(list)
     teachers: dict[Path, tuple[str, str | None]] = {}
-    for file in sorted(path for folder in folders for path in Path(folder).rglob("results.json")):
+    for file in sorted({path.resolve() for folder in folders for path in Path(folder).rglob("results.json")}):
         results = json.loads(file.read_text())
         if results["recipe"] != "paper_cifar100.py":
             continue
         settings, folder = results["settings"], file.parent
-        pair = settings.get("pair", "resnet32x4-resnet8x4")
-        name = folder.parent.name if folder.name.startswith("seed-") else folder.name
-        found[pair, name].append(read(folder, method_of(settings), results["training_seconds"]))
+        pair = settings.get("pair", DEFAULT_PAIR)
+        group = folder.parent if folder.name.startswith("seed-") else folder
+        seconds = None if results["resumed_from"] else results["training_seconds"]  # those of the last slice
+        found[pair, group.name, str(group)].append(read(folder, method_of(settings), seconds))
         changed = any(name in settings for name in _OTHER_DATA)
-        teachers[Path(settings["teacher_model_name_or_path"])] = pair, None if changed else "teacher"
+        teachers[Path(settings["teacher_model_name_or_path"]).resolve()] = pair, None if changed else "teacher"
     for folder, (pair, method) in teachers.items():
         if (folder / "trainer_state.json").exists():
-            found[pair, f"teacher {folder.name}"].append(read(folder, method))
+            found[pair, f"teacher {folder.name}", str(folder)].append(read(folder, method))
     return found
 
 
@@ -97,15 +111,16 @@ def main() -> None:
     lines = ["| pair | method | epochs | runs | last epoch % | best epoch % | paper % | reruns % | seconds |"]
     lines.append("| --- |" + " --- |" * 8)
     table = []
-    for (name, method), runs in sorted(found.items()):
+    for (name, method, _), runs in sorted(found.items()):
         pair, kind = PAIRS[name], runs[0].method
         last, best = interval([run.last for run in runs]), interval([run.best for run in runs])
         paper, reruns = pair.accuracy.get(kind or ""), pair.reruns if kind == "dkd" else ""
-        seconds = sum(run.seconds for run in runs) / len(runs)
+        timed = [run.seconds for run in runs if run.seconds is not None]
+        seconds = round(sum(timed) / len(timed)) if timed else None
         table.append({"pair": name, "method": method, "epochs": runs[0].epochs, "runs": len(runs), "paper": paper})
         table[-1] |= {"last_epoch": last, "best_epoch": best, "reruns": reruns, "seconds": seconds}
         cells = [name, method, f"{runs[0].epochs:g}", len(runs), shown(last), shown(best), paper or "", reruns]
-        lines.append(f"| {' | '.join(map(str, cells))} | {seconds:.0f} |")
+        lines.append(f"| {' | '.join(map(str, cells))} | {seconds or ''} |")
     text, output = "\n".join(lines), Path(args.output_dir)
     output.mkdir(parents=True, exist_ok=True)
     (output / "table.md").write_text(text + "\n", encoding="utf-8")

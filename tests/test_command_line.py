@@ -1,6 +1,6 @@
 import json
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,17 @@ def test_what_was_changed_repeats_the_run(tmp_path: Path, monkeypatch: pytest.Mo
     again, args_again, changed_again = parsed(monkeypatch, "--config", config, classes=both)
     assert (again.layers, args_again.to_dict(), changed_again) == (options.layers, args.to_dict(), changed)
     assert (args.dkd_beta, args.learning_rate) == (4, 1e-3)
+
+
+def test_a_file_may_call_an_option_by_its_other_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    @dataclass
+    class WithAlias(Options):
+        rate: float = field(default=0.5, metadata={"aliases": ["--speed"]})
+
+    config = tmp_path / "options.yaml"
+    config.write_text("speed: 2")
+    options, changed = parsed(monkeypatch, "--config", config, classes=(WithAlias,))
+    assert (options.rate, changed) == (2.0, {"rate": 2.0})
 
 
 @pytest.mark.parametrize(

@@ -74,6 +74,12 @@ def test_a_loader_takes_whole_batches() -> None:
     assert [batch["pixel_values"].shape for batch in batches] == [(4, 3, 8, 10), (2, 3, 8, 10)]
 
 
+def test_workers_are_refused() -> None:
+    data, _ = images()
+    with pytest.raises(RuntimeError, match="set dataloader_num_workers=0"):
+        next(iter(DataLoader(data, batch_size=4, collate_fn=as_it_is, num_workers=1)))
+
+
 def test_a_selection_has_no_views() -> None:
     data, pixels = images(padding=2, mirror=True)
     some = data.select(range(2, 4))

@@ -106,11 +106,14 @@ def checked_labels(labels: Tensor, shape: torch.Size) -> Tensor:
     return labels.long()
 
 
-def check_range(labels: Tensor, num_classes: int) -> None:
-    """Raise a `ValueError` for a label outside [0, num_classes); reads the device."""
+def check_range(labels: Tensor, num_classes: int, kept: Tensor | None = None) -> None:
+    """Raise a `ValueError` for a label, of those that are `kept`, outside [0, num_classes); reads the device."""
     if not labels.numel():
         return
     low, high = (int(end) for end in labels.aminmax())
     if low < 0 or high >= num_classes:
+        if kept is not None:
+            check_range(labels[kept], num_classes)
+            return
         wrong = low if low < 0 else high
         raise ValueError(f"label {wrong} is outside [0, {num_classes}), the range of the classes.")

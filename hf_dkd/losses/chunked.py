@@ -69,7 +69,7 @@ def chunked_dkd_loss(
     labels = checked_labels(labels, student_logits.shape)
     kept = labels != ignore_index
     if not torch.compiler.is_compiling():
-        check_range(torch.where(kept, labels, 0), student_logits.shape[1])
+        check_range(labels, student_logits.shape[1], kept)
     weights = Weights(alpha, beta, temperature, ce_weight or None)
     scale = share_of_rows(kept, reduction, terms_dtype(student_logits, teacher_logits))
     loss, terms = weighted_rows(
@@ -144,26 +144,28 @@ def loss_with_gradient(
 ) -> Tensor:
     """scale·(sum of the rows' losses), or each row's, whose `gradient` is known but for the factor scale/given."""
     rows = weights.ce_weight * terms.ce + terms.dkd if weights.ce_weight else terms.dkd
-    loss = scale * (rows.sum() if summed else rows)
+    total = rows.sum() if summed else rows
     if gradient is None:
-        return loss
-    return _WithGradient.apply(student, loss, gradient, 1.0 if given is scale else scale / given)
+        return scale * total
+    return _WithGradient.apply(student, total, scale, gradient, None if given is scale else scale / given)
 
 
 class _WithGradient(torch.autograd.Function):
     """A loss whose gradient is known already: the backward gives it away."""
 
     @staticmethod
-    def forward(ctx: Any, student: Tensor, loss: Tensor, gradient: Tensor, rest: Tensor | float) -> Tensor:
+    def forward(
+        ctx: Any, student: Tensor, total: Tensor, scale: Tensor | float, gradient: Tensor, rest: Tensor | float | None
+    ) -> Tensor:
         ctx.gradient, ctx.rest = gradient, rest
-        return loss.clone()
+        return scale * total
 
     @staticmethod
     def backward(ctx: Any, of_loss: Tensor) -> tuple[Tensor | None, ...]:
-        factor = of_loss * ctx.rest
+        factor = of_loss if ctx.rest is None else of_loss * ctx.rest
         if torch.compiler.is_compiling():
-            return (ctx.gradient * factor.reshape(-1, 1)).to(ctx.gradient.dtype), None, None, None
-        return times_factor(given_away(ctx), factor), None, None, None
+            return (ctx.gradient * factor.reshape(-1, 1)).to(ctx.gradient.dtype), None, None, None, None
+        return times_factor(given_away(ctx), factor), None, None, None, None
 
 
 def given_away(ctx: Any) -> Any:
@@ -184,7 +186,7 @@ def given_away(ctx: Any) -> Any:
 
 def times_factor(gradient: Tensor, factor: Tensor) -> Tensor:
     """`gradient` in place times `factor`, a scalar or one for each row of (N, C)."""
-    if factor.device.type == "cpu" and not factor.ndim and factor == 1:
+    if factor.device.type == "cpu" and not factor.ndim and factor.item() == 1:
         return gradient
     if factor.is_cuda and not factor.ndim and gradient.ndim == 2 and find_spec("triton") is not None:
         from .triton_kernels import scale_gradient_
@@ -222,13 +224,13 @@ def share_of_rows(kept: Tensor, reduction: str, dtype: torch.dtype) -> Tensor | 
     if reduction != "mean":
         return 1.0
     if kept.device.type == "cpu" and not torch.compiler.is_compiling():
-        return 1 / max(int(kept.sum()), 1)
+        return 1 / max(int(np.count_nonzero(kept.numpy())), 1)
     return kept.sum().clamp(min=1).to(dtype).reciprocal()
 
 
 def reduced_output(loss: Tensor, terms: RowTerms, scale: Tensor | float, reduction: str) -> DKDOutput:
     """The terms of rows beside a loss that is already reduced."""
-    parts = torch.stack((terms.ce, terms.tckd, terms.nckd, terms.agrees.to(terms.ce.dtype)))
+    parts = torch.stack((terms.ce, terms.tckd, terms.nckd, terms.agrees))
     return DKDOutput(loss, *(parts if reduction == "none" else parts.sum(1) * scale).unbind())
 
 

@@ -15,7 +15,11 @@ from torch import Tensor
 from .row_definition import rows_by_autograd
 from .row_terms import RowTerms, Weights, kinds_of_terms, terms_dtype
 
+_Array = NDArray[Any]
+
 _BLOCK_BYTES = 2**22
+# Elements from which torch shares an operation out to threads; below, NumPy's cost less.
+_SHARED_OUT = 2**15
 # Of the target against the rest: beyond, the smaller of the two has few digits left in float32.
 _WIDEST_ODDS = 60.0
 # The logarithm of a mass of 0 would be a warning; of this one it marks the row as wide.
@@ -42,18 +46,25 @@ def row_pass(
         gradient[torch.from_numpy(~kept)] = 0.0
     count, classes = len(targets) if chosen is None else len(chosen), student.shape[1]
     size = max(1, min(count, _BLOCK_BYTES // (classes * dtype.itemsize)))
-    memory = torch.empty(4, size, classes, dtype=dtype)
+    memory = torch.empty(4, size, classes, dtype=dtype).numpy()
     factor = None if gradient is None else float(scale)
+    # NumPy writes new memory page after page. Torch does from many places at once, which takes up to ten times as long.
+    written = gradient.numpy() if gradient is not None and gradient.dtype == dtype else None
+    # One block spares the copy of its gradient; of many, the time without it varied more.
+    direct = written is not None and chosen is None and count == size
     found = []
     for start in range(0, count, size):
         end = min(start + size, count)
         at = slice(start, end) if chosen is None else chosen[start:end]
         rows: Any = at if chosen is None else torch.from_numpy(at)
-        block = student[rows].to(dtype), teacher[rows].to(dtype), targets[at]
-        terms, slope = _block(*block, weights, factor, memory[:, : end - start])
-        found.append(terms)
-        if gradient is not None and slope is not None:
-            gradient[rows] = slope.to(gradient.dtype)
+        room = memory[:, : end - start]
+        slope = written if written is not None and direct else room[0]
+        s_block, t_block = (_array(logits, rows, dtype) for logits in (student, teacher))
+        found.append(_block(s_block, t_block, targets[at], weights, factor, room, slope))
+        if written is not None and not direct:
+            written[at] = slope
+        elif gradient is not None and not direct:
+            gradient[rows] = torch.from_numpy(slope).to(gradient.dtype)
     if not found:
         return RowTerms(*(torch.zeros(len(targets), dtype=kind) for kind in kinds_of_terms(dtype)))
     numbers, agrees, fault = (
@@ -61,11 +72,16 @@ def row_pass(
     )
     if chosen is not None:
         numbers, agrees, fault = (_among(len(targets), chosen, values) for values in (numbers, agrees, fault))
-    ce, tckd, nckd, second, dkd = torch.from_numpy(numbers).unbind()
-    return RowTerms(ce, tckd, nckd, second, dkd, torch.from_numpy(agrees), torch.from_numpy(fault))
+    return RowTerms(*(torch.from_numpy(values) for values in (*numbers, agrees, fault)))
 
 
-def _among(number: int, chosen: NDArray[Any], values: NDArray[Any]) -> NDArray[Any]:
+def _array(logits: Tensor, rows: Any, dtype: torch.dtype) -> _Array:
+    if logits.dtype == dtype and isinstance(rows, slice):
+        return logits.numpy()[rows]
+    return logits[rows].to(dtype).numpy()
+
+
+def _among(number: int, chosen: _Array, values: _Array) -> _Array:
     """`values` (..., R) at the chosen places among `number`, 0 elsewhere."""
     whole = np.zeros((*values.shape[:-1], number), values.dtype)
     whole[..., chosen] = values
@@ -75,101 +91,151 @@ def _among(number: int, chosen: NDArray[Any], values: NDArray[Any]) -> NDArray[A
 class _Found(NamedTuple):
     """`RowTerms` as arrays."""
 
-    numbers: NDArray[Any]
+    numbers: _Array
     """(5, R): ce, tckd, nckd, second, dkd."""
     agrees: NDArray[np.bool_]
     fault: NDArray[np.uint8]
 
 
+class _Odds(NamedTuple):
+    """The target against the rest in one model's distribution, (R,) each."""
+
+    log_odds: _Array
+    p: _Array
+    p_rest: _Array
+    log_p: _Array
+    log_p_rest: _Array
+    others: _Array
+    """(R, C), probabilities of the other classes up to a factor, 0 for the target."""
+    rest: _Array
+    """Their sum, of which ratios are free of the factor."""
+
+
+# What is not finite is found below.
+@np.errstate(over="ignore", invalid="ignore")
 def _block(
-    student: Tensor, teacher: Tensor, targets: NDArray[Any], weights: Weights, scale: float | None, memory: Tensor
-) -> tuple[_Found, Tensor | None]:
-    """The terms of a block of rows, and the gradient (R, C) times `scale`; None without a scale."""
-    alpha, beta, temperature, ce_weight, classical = weights
-    rows = np.arange(len(targets))
-    s_others, t_others, gaps, hard_others = memory.unbind()
-    s_rest, s_odds = _divided(student, rows, targets, temperature, s_others)
-    t_rest, t_odds = _divided(teacher, rows, targets, temperature, t_others)
-    torch.sub(teacher, student, out=gaps)
-    target_gap = gaps.numpy()[rows, targets]
-    gaps.numpy()[rows, targets] = 0.0
-    gap = gaps.mul_(t_others).sum(1).numpy()
-    if not np.isfinite(gap).all():
-        # A class that the teacher masks is at an infinite distance, which counts for nothing.
-        gap = gaps.masked_fill_(teacher == -torch.inf, 0.0).sum(1).nan_to_num_(torch.nan, torch.nan, torch.nan).numpy()
-        target_gap = np.where(np.isfinite(target_gap), target_gap, np.nan)
-    # Probabilities of the target and of the rest; none is a difference, so that all keep their digits.
-    log_p, log_p_rest = _log_probabilities(s_odds)
-    log_b, log_b_rest = _log_probabilities(t_odds)
-    p, p_rest, b, b_rest = np.exp(log_p), np.exp(log_p_rest), np.exp(log_b), np.exp(log_b_rest)
-    tckd = b * (log_b - log_p) + b_rest * (log_b_rest - log_p_rest)
-    nckd = (gap / t_rest - target_gap) / temperature + (t_odds - s_odds)
-    ce, ce_rest, widest = -log_p, p_rest, np.maximum(abs(s_odds), abs(t_odds))
-    if ce_weight is not None and temperature != 1:
-        hard_rest, hard_odds = _divided(student, rows, targets, 1.0, hard_others)
-        log_hard, log_hard_rest = _log_probabilities(hard_odds)
-        ce, ce_rest = -log_hard, np.exp(log_hard_rest)
-        widest = np.maximum(widest, abs(hard_odds))
-    of_others = alpha * b_rest if classical else beta
-    dkd = temperature**2 * (alpha * tckd + of_others * nckd)
-    s_top, t_top = student.numpy().argmax(1), teacher.numpy().argmax(1)
-    numbers = np.zeros((5, len(rows)), tckd.dtype)
-    numbers[1], numbers[2], numbers[4] = tckd, nckd, dkd
-    if ce_weight is not None:
-        numbers[0] = ce
+    student: _Array,
+    teacher: _Array,
+    targets: _Array,
+    weights: Weights,
+    scale: float | None,
+    memory: _Array,
+    slope: _Array,
+) -> _Found:
+    """The terms of a block of rows; with a scale the gradient (R, C) times it goes to `slope`.
+
+    `slope` may be the memory of the student's logits, or `memory[0]`.
+    """
+    rows, temperature = np.arange(len(targets)), weights.temperature
+    s = _odds(student, rows, targets, temperature, memory[0])
+    t = _odds(teacher, rows, targets, temperature, memory[1])
+    hard = s
+    if weights.ce_weight is not None and temperature != 1:
+        hard = _odds(student, rows, targets, 1.0, memory[3])
+    numbers = _terms(s, t, hard, *_gaps(student, teacher, t.others, rows, targets, memory[2]), weights)
+    s_top, t_top = student.argmax(1), teacher.argmax(1)
     found = _Found(numbers, s_top == t_top, np.zeros(len(rows), np.uint8))
-    slope = None
-    if scale is not None:
-        excess = alpha * np.where(p < p_rest, p - b, b_rest - p_rest)
-        hard = (ce_weight or 0.0) * ce_rest
-        of_student = temperature * (of_others - excess)
-        if temperature == 1:
-            of_student = of_student + hard
-        slope = s_others.mul_(_column(scale * of_student / s_rest))
-        slope.addcmul_(t_others, _column(-scale * temperature * of_others / t_rest))
-        if ce_weight and temperature != 1:
-            slope.addcmul_(hard_others, _column(scale * hard / hard_rest))
-        slope.numpy()[rows, targets] = scale * (temperature * excess - hard)
-    # Rows with a masked target or a fault, or with gaps too wide for the short cuts.
-    small = (widest < _WIDEST_ODDS) & np.isfinite(tckd + nckd + ce)
+    # Others have a masked target or a fault, or gaps too wide for the short cuts.
+    widest = np.maximum(np.maximum(abs(s.log_odds), abs(t.log_odds)), abs(hard.log_odds))
+    narrow = (widest < _WIDEST_ODDS) & np.isfinite(numbers[4] + numbers[0])
     if temperature != 1:
-        largest = np.maximum(abs(student.numpy()[rows, s_top]), abs(teacher.numpy()[rows, t_top]))
-        small &= largest < _LARGEST_QUOTIENT * temperature
-    if not small.all():
-        wide = torch.from_numpy(~small)
-        exact, of_wide = rows_by_autograd(
-            student[wide], teacher[wide], torch.from_numpy(targets[~small]), weights, scale
-        )
-        found.numbers[:, ~small] = torch.stack(exact[:5]).numpy()
-        found.agrees[~small], found.fault[~small] = exact.agrees.numpy(), exact.fault.numpy()
-        if slope is not None and of_wide is not None:
-            slope[wide] = of_wide
-    return found, slope
+        largest = np.maximum(abs(student[rows, s_top]), abs(teacher[rows, t_top]))
+        narrow &= largest < _LARGEST_QUOTIENT * temperature
+    exact = None
+    if not narrow.all():
+        s_wide, t_wide, labels = (torch.from_numpy(values[~narrow]) for values in (student, teacher, targets))
+        exact = rows_by_autograd(s_wide, t_wide, labels, weights, scale)
+    if scale is not None:
+        _write_slope(slope, s, t, hard, rows, targets, weights, scale)
+    if exact is not None:
+        terms, of_wide = exact
+        numbers[:, ~narrow] = torch.stack(terms[:5]).numpy()
+        found.agrees[~narrow], found.fault[~narrow] = terms.agrees.numpy(), terms.fault.numpy()
+        if of_wide is not None:
+            slope[~narrow] = of_wide.numpy()
+    return found
 
 
-def _divided(
-    logits: Tensor, rows: NDArray[Any], targets: NDArray[Any], temperature: float, others: Tensor
-) -> tuple[NDArray[Any], NDArray[Any]]:
-    """The mass of the non-target classes, up to a factor, and the log-odds of the target, (R,) each.
+def _odds(logits: _Array, rows: _Array, targets: _Array, temperature: float, others: _Array) -> _Odds:
+    """The target's odds in the softmax of a model at a temperature; `others` (R, C) is memory for the probabilities.
 
-    `others` (R, C) receives the probabilities of the other classes up to the same factor, by which torch's sum over a
-    large vocabulary is off; 0 for the target. Ratios are free of it.
+    Torch's sum over a large vocabulary is off by a factor, which all probabilities of a row then have in common.
     """
     if temperature != 1:
-        logits = torch.div(logits, temperature, out=others)
-    torch.softmax(logits, 1, out=others)
-    masses = others.numpy()
-    target = masses[rows, targets]
-    masses[rows, targets] = 0.0
-    rest = np.maximum(others.sum(1).numpy(), _LEAST_MASS)
-    return rest, np.log(np.maximum(target, _LEAST_MASS)) - np.log(rest)
+        _elementwise("divide", logits, temperature, out=others)
+        logits = others
+    probabilities = torch.from_numpy(others)
+    torch.softmax(torch.from_numpy(logits), 1, out=probabilities)
+    target = others[rows, targets]
+    others[rows, targets] = 0.0
+    rest = np.maximum(probabilities.sum(1).numpy(), _LEAST_MASS)
+    log_odds = np.log(np.maximum(target, _LEAST_MASS)) - np.log(rest)
+    # None of these is a difference of probabilities, so that all keep their digits.
+    soft = np.log1p(np.exp(-abs(log_odds)))
+    log_p, log_p_rest = np.minimum(log_odds, 0) - soft, np.minimum(-log_odds, 0) - soft
+    return _Odds(log_odds, np.exp(log_p), np.exp(log_p_rest), log_p, log_p_rest, others, rest)
 
 
-def _log_probabilities(odds: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
-    """Of the target and of the rest, from its log-odds."""
-    soft = np.log1p(np.exp(-abs(odds)))
-    return np.minimum(odds, 0) - soft, np.minimum(-odds, 0) - soft
+def _gaps(
+    student: _Array, teacher: _Array, weights: _Array, rows: _Array, targets: _Array, gaps: _Array
+) -> tuple[_Array, _Array]:
+    """The teacher's logits less the student's, (R,) each: the sum weighted by `weights` (R, C), and the target's.
+
+    `gaps` (R, C) is memory to use.
+    """
+    _elementwise("subtract", teacher, student, out=gaps)
+    of_target = gaps[rows, targets]
+    _elementwise("multiply", gaps, weights, out=gaps)
+    weighted = torch.from_numpy(gaps)
+    total = weighted.sum(1).numpy()
+    if not np.isfinite(total).all():
+        # A class that the teacher masks is at an infinite distance, which counts for nothing.
+        weighted.masked_fill_(torch.from_numpy(teacher) == -torch.inf, 0.0)
+        total = weighted.sum(1).nan_to_num_(torch.nan, torch.nan, torch.nan).numpy()
+        of_target = np.where(np.isfinite(of_target), of_target, np.nan)
+    return total, of_target
 
 
-def _column(values: NDArray[Any]) -> Tensor:
-    return torch.from_numpy(values).unsqueeze(1)
+def _terms(s: _Odds, t: _Odds, hard: _Odds, gap: _Array, target_gap: _Array, weights: Weights) -> _Array:
+    """ce, tckd, nckd, second and dkd of each row, (5, R)."""
+    alpha, beta, temperature, ce_weight, classical = weights
+    numbers = np.zeros((5, len(gap)), gap.dtype)
+    tckd = t.p * (t.log_p - s.log_p) + t.p_rest * (t.log_p_rest - s.log_p_rest)
+    nckd = (gap / t.rest - target_gap) / temperature + (t.log_odds - s.log_odds)
+    numbers[1], numbers[2] = tckd, nckd
+    numbers[4] = temperature**2 * (alpha * tckd + (alpha * t.p_rest if classical else beta) * nckd)
+    if ce_weight is not None:
+        numbers[0] = -hard.log_p
+    return numbers
+
+
+def _write_slope(
+    slope: _Array, s: _Odds, t: _Odds, hard: _Odds, rows: _Array, targets: _Array, weights: Weights, scale: float
+) -> None:
+    """The gradient (R, C) of each row's loss with respect to the student's logits, times `scale`."""
+    alpha, beta, temperature, ce_weight, classical = weights
+    excess = alpha * np.where(s.p < s.p_rest, s.p - t.p, t.p_rest - s.p_rest)  # α(p − b)
+    of_others = alpha * t.p_rest if classical else beta
+    of_hard = (ce_weight or 0.0) * hard.p_rest
+    of_student = temperature * (of_others - excess)
+    if hard is s:
+        of_student = of_student + of_hard
+    out = torch.from_numpy(slope)
+    torch.mul(torch.from_numpy(s.others), _column(scale * of_student / s.rest), out=out)
+    out.addcmul_(torch.from_numpy(t.others), _column(-scale * temperature * of_others / t.rest))
+    if ce_weight and hard is not s:
+        out.addcmul_(torch.from_numpy(hard.others), _column(scale * of_hard / hard.rest))
+    slope[rows, targets] = scale * (temperature * excess - of_hard)
+
+
+def _elementwise(operation: str, left: _Array, right: _Array | float, out: _Array) -> None:
+    """`out` = `operation` of the two, by whichever library is faster at it."""
+    if out.size < _SHARED_OUT:
+        getattr(np, operation)(left, right, out=out)
+        return
+    tensors = [torch.from_numpy(one) if isinstance(one, np.ndarray) else one for one in (left, right)]
+    getattr(torch, operation)(*tensors, out=torch.from_numpy(out))
+
+
+def _column(values: _Array) -> Tensor:
+    return torch.from_numpy(values[:, np.newaxis])

@@ -1,6 +1,7 @@
 """The paper's benchmark: presets, schedule, slices, and its table."""
 
 import json
+import subprocess
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from scipy import stats
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification
 
 from .image_assets import save_folder, save_parquet
-from .launching import built, complaint, kill_after_checkpoint, launch, recipe, run_here, weights
+from .launching import built, command, complaint, environment, kill_after_checkpoint, launch, recipe, run_here, weights
 
 PAIRS = {  # β and learning rate, as published
     "resnet56-resnet20": (2, 0.05), "resnet110-resnet32": (2, 0.05), "resnet32x4-resnet8x4": (8, 0.05),
@@ -80,6 +81,7 @@ def test_a_pair_has_its_published_settings_and_takes_a_step(pair: str, digits: d
 )
 def test_a_pair_of_imagenet_takes_a_step(pair: str, beta: float, size: float, tmp_path: Path) -> None:
     config = AutoConfig.for_model("resnet", embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], num_labels=10)
+    config.id2label = {number: f"class {number}" for number in range(10)}  # folders have other names
     AutoModelForImageClassification.from_config(config).save_pretrained(tmp_path / "teacher")
     options = {"pair": pair, "max_train_samples": 4, "max_eval_samples": 4, "max_steps": 1, "output_dir": tmp_path}
     options |= {"dataset_name": save_folder(tmp_path / "digits"), "teacher_model_name_or_path": tmp_path / "teacher"}
@@ -92,6 +94,7 @@ def test_a_pair_of_imagenet_takes_a_step(pair: str, beta: float, size: float, tm
     assert batch["pixel_values"].shape == (4, 3, 224, 224)
     assert splits["test"][0]["image"].size == (224, 224)
     assert trainer.model.num_parameters() == pytest.approx(size, rel=0.02)
+    assert {part.momentum for part in trainer.model.modules() if isinstance(part, torch.nn.BatchNorm2d)} == {0.1}
     trainer.train()
     assert np.isfinite(trainer.state.log_history[0]["loss"])
     assert milestones(trainer, 1000) == [300, 600, 900]
@@ -206,6 +209,26 @@ def test_a_run_trains_the_teacher_once_and_leaves_what_recipes_leave(
         assert (tmp_path / "teacher/model.safetensors").stat().st_mtime_ns == written
 
 
+def test_a_folder_is_kept_for_one_training(
+    digits: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options: dict[str, Any] = {**SMALL, **digits, "num_train_epochs": 1, "max_train_samples": 64}
+    options |= {"teacher_model_name_or_path": tmp_path / "teacher", "output_dir": tmp_path / "out"}
+    run_here("paper_cifar100", **options)
+    run_here("paper_cifar100", **options, minutes=10)  # done already
+    with pytest.raises(SystemExit, match=r"out holds a training with distillation None and not kd"):
+        run_here("paper_cifar100", **options, distillation="kd")
+    other = options | {"output_dir": tmp_path / "other", "num_train_epochs": 2}
+    with pytest.raises(SystemExit, match=r"teacher holds a training with teacher_epochs 1.0 and not 2.0"):
+        run_here("paper_cifar100", **other)
+    run_here("paper_cifar100", **other, teacher_epochs=1)
+    # One that was interrupted while it was saved is trained to its end again.
+    (tmp_path / "teacher/trainer_state.json").unlink()
+    before = (tmp_path / "teacher/model.safetensors").stat().st_mtime_ns
+    run_here("paper_cifar100", **other | {"output_dir": tmp_path / "third"}, teacher_epochs=1)
+    assert (tmp_path / "teacher/model.safetensors").stat().st_mtime_ns > before
+
+
 def test_slices_of_one_step_end_where_a_whole_run_ends(
     digits: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -252,11 +275,28 @@ def test_a_slice_that_is_killed_ends_where_a_whole_run_ends(
         assert torch.equal(value, pair[1][name]), name
 
 
+@pytest.mark.slow
+def test_slices_of_two_processes_end_where_a_whole_run_ends(
+    digits: dict[str, Any], teacher: str, tmp_path: Path
+) -> None:
+    options: dict[str, Any] = {**SMALL, **digits, "num_train_epochs": 2, "per_device_train_batch_size": 32}
+    options["teacher_model_name_or_path"] = teacher
+    launch("paper_cifar100.py", 2, **options, output_dir=tmp_path / "whole")
+    words = command("paper_cifar100.py", 2, **options, minutes=1e-9, output_dir=tmp_path / "sliced")
+    first = subprocess.run(words, env=environment(), capture_output=True, text=True, check=False)
+    assert first.stdout.count("Out of time at step 8 of 16") == 1, first.stdout[-2000:] + first.stderr[-4000:]
+    launch("paper_cifar100.py", 2, **options, output_dir=tmp_path / "sliced")
+    pair = [weights(tmp_path / name) for name in ("whole", "sliced")]
+    for name, value in pair[0].items():
+        assert torch.equal(value, pair[1][name]), name
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
         ({"pair": "resnet20-resnet7"}, ("invalid choice: 'resnet20-resnet7'",)),
         ({"minutes": -1}, ("minutes is -1.0", "above 0")),
+        ({"test_file": None}, ("no split to watch", "--validation_share 0.1")),
         ({"label_noise": 1.5}, ("label_noise is 1.5", "from 0 to 1")),
         ({"distillation": "kd", "dkd_beta": 2}, ("dkd_beta is 2.0",)),
     ],
@@ -271,11 +311,29 @@ def test_what_is_wrong_is_said_in_one_line(
 # ---- The table ----
 
 
+@pytest.mark.parametrize(
+    ("settings", "method"),
+    [
+        ({}, "dkd"),
+        ({"dkd_beta": 8.0, "num_train_epochs": 60.0, "bf16": True, "logging_steps": 10, "seed": 3}, "dkd"),
+        ({"distillation": "kd", "dkd_alpha": 0.9}, "kd"),
+        ({"dkd_alpha": 0.0, "dkd_beta": 0.0, "teacher_epochs": 3.0}, "cross-entropy"),
+        ({"dkd_beta": 6.0}, None),
+        ({"dkd_alpha": 0.0, "dkd_beta": 0.0, "label_noise": 0.1}, None),
+        ({"per_device_train_batch_size": 256}, None),
+        ({"dkd_standardize": True}, None),
+        ({"student_model_name_or_path": "somewhere"}, None),
+    ],
+)
+def test_the_table_knows_which_runs_repeat_the_paper(settings: dict[str, Any], method: str | None) -> None:
+    assert recipe("paper_table").method_of(settings) == method
+
+
 def write_run(folder: Path, accuracies: list[float], **settings: Any) -> None:
     folder.mkdir(parents=True)
     history = [{"eval_accuracy": value, "epoch": float(epoch)} for epoch, value in enumerate(accuracies, start=1)]
     (folder / "trainer_state.json").write_text(json.dumps({"log_history": history, "epoch": len(history)}))
-    results = {"recipe": "paper_cifar100.py", "settings": settings, "training_seconds": 10.0}
+    results = {"recipe": "paper_cifar100.py", "settings": settings, "training_seconds": 10.0, "resumed_from": None}
     (folder / "results.json").write_text(json.dumps(results))
 
 
@@ -291,11 +349,12 @@ def test_the_table_has_last_and_best_epochs_with_intervals(tmp_path: Path) -> No
     write_run(tmp_path / "runs/dkd:dkd_alpha=0", [0.7, 0.71], **settings, dkd_alpha=0.0)
     table = recipe("paper_table")
     found = table.find([str(tmp_path / "runs")])
-    assert {method: runs[0].method for (_, method), runs in found.items()} == {
+    assert {method: runs[0].method for (_, method, _), runs in found.items()} == {
         "dkd": "dkd", "kd": "kd", "cross-entropy": "cross-entropy", "dkd:dkd_alpha=0": None,
         "teacher teacher": "teacher",
     }  # fmt: skip
-    of_dkd = found["resnet32x4-resnet8x4", "dkd"]
+    of_dkd = found["resnet32x4-resnet8x4", "dkd", str(tmp_path / "runs/dkd")]
+    assert table.find([str(tmp_path / "runs"), str(tmp_path / "runs/dkd")]) == found  # no run counts twice
     assert [run.last for run in of_dkd] == pytest.approx([75, 77, 74])
     assert [run.best for run in of_dkd] == pytest.approx([76, 77, 75.2])
     last = table.interval([75.0, 77.0, 74.0])
