@@ -117,8 +117,8 @@ class OurTrainer:
         self, pair: str, data: DeviceImages, device: torch.device, bf16: bool, compiled: bool, output: str, **given: Any
     ) -> None:
         args = PaperTrainingArguments(
-            output, pair=pair, max_steps=math.ceil(len(data) / BATCH_SIZE), eval_strategy="no", save_strategy="no", bf16=bf16,
-            torch_compile=compiled, teacher_compile=compiled, use_cpu=device.type == "cpu", report_to="none",
+            output, pair=pair, max_steps=math.ceil(len(data) / BATCH_SIZE), eval_strategy="no", save_strategy="no",
+            bf16=bf16, torch_compile=compiled, teacher_compile=compiled, use_cpu=device.type == "cpu", report_to="none",
             disable_tqdm=True, **given,
         )  # fmt: skip
         student, teacher = models(pair)

@@ -135,7 +135,8 @@ def accuracies(history: list[dict[str, float]]) -> tuple[float, float, float]:
 
 def main() -> None:
     data, args, settings = parse(*ARGUMENTS)
-    torch._dynamo.config.automatic_dynamic_shapes = False  # the last batch of an epoch is smaller: compiled apart
+    if args.torch_compile or args.teacher_compile:  # the last batch of an epoch is smaller: it is compiled apart
+        torch._dynamo.config.automatic_dynamic_shapes = False
     claim(args.output_dir, {name: value for name, value in settings.items() if name not in FREE})
     trainer, splits = build(data, args, [TimeLimit(data.minutes)] if data.minutes else [])
     dataset = data.train_file or data.dataset_name
