@@ -193,14 +193,15 @@ def plot_comparison(table: Mapping[str, Mapping[str, Any]], metric: str, path: s
     """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 0.6 * len(table) + 2.5), layout="constrained")
+    figure = Figure(figsize=(12, 0.4 * len(table) + 2.5), layout="constrained")
     left, right = figure.subplots(1, 2)
     for values in zip(*(row["values"] for row in table.values()), strict=True):
-        left.plot(list(table), values, color="0.8", marker="o", linewidth=1)
-    left.plot(list(table), [row["mean"] for row in table.values()], "C1_", markersize=30, markeredgewidth=3)
-    left.set(ylabel=metric, title="each seed (joined), and the mean")
-    left.margins(x=0.15)
-    left.grid(axis="y", alpha=0.3)
+        left.plot(values, list(table), color="0.8", marker="o", linewidth=1)
+    left.plot([row["mean"] for row in table.values()], list(table), "C1|", markersize=20, markeredgewidth=3)
+    left.set(xlabel=metric, title="each seed (joined), and the mean")
+    left.invert_yaxis()
+    left.margins(y=0.1)
+    left.grid(axis="x", alpha=0.3)
     last, gaps = list(table)[-1], list(table.values())[-1]["difference_to"]
     for place, gap in enumerate(gaps.values()):
         error = [[gap["mean"] - gap["low"]], [gap["high"] - gap["mean"]]]
