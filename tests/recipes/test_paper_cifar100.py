@@ -11,7 +11,10 @@ import pytest
 import torch
 from datasets import load_dataset
 from scipy import stats
-from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification
+from transformers import AutoConfig, AutoModelForImageClassification
+
+# By way of the package, 5.17 asks for torchvision: https://github.com/huggingface/transformers/issues/48607
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from .image_assets import save_folder, save_parquet
 from .launching import built, command, complaint, environment, kill_after_checkpoint, launch, recipe, run_here, weights
