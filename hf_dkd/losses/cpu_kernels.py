@@ -50,15 +50,16 @@ def row_pass(
     factor = None if gradient is None else float(scale)
     # NumPy writes new memory page after page. Torch does from many places at once, which takes up to ten times as long.
     written = gradient.numpy() if gradient is not None and gradient.dtype == dtype else None
-    # One block spares the copy of its gradient; of many, the time without it varied more.
-    direct = written is not None and chosen is None and count == size
+    # Memory in use spares the copy of a block's gradient; into new memory of many blocks the time varied more without.
+    used = gradient is not None and gradient.data_ptr() == student.data_ptr()
+    direct = written is not None and chosen is None and (used or count == size)
     found = []
     for start in range(0, count, size):
         end = min(start + size, count)
         at = slice(start, end) if chosen is None else chosen[start:end]
         rows: Any = at if chosen is None else torch.from_numpy(at)
         room = memory[:, : end - start]
-        slope = written if written is not None and direct else room[0]
+        slope = written[start:end] if written is not None and direct else room[0]
         s_block, t_block = (_array(logits, rows, dtype) for logits in (student, teacher))
         found.append(_block(s_block, t_block, targets[at], weights, factor, room, slope))
         if written is not None and not direct:
