@@ -7,6 +7,8 @@ columns, given by the first of them.
 import triton
 import triton.language as tl
 
+LOG2_E = tl.constexpr(1.4426950408889634)
+
 
 @triton.jit
 def row_start(logits, row, stride, ALIGNED: tl.constexpr):
@@ -86,9 +88,8 @@ def fold(
     sum_s, sum_t = sum_s * keeps_s + tl.sum(e_s, 1), sum_t * keeps_t + tl.sum(e_t, 1)
     e_1 = e_s
     if WITH_E_1:
-        log2_e = 1.4426950408889634
-        e_1 = tl.exp2(s * log2_e)
-        sum_1 = sum_1 * tl.exp2(falls_s * log2_e) + tl.sum(e_1, 1)
+        e_1 = tl.exp2(s * LOG2_E)
+        sum_1 = sum_1 * tl.exp2(falls_s * LOG2_E) + tl.sum(e_1, 1)
     widest = tl.maximum(widest, tl.max(gap, 1))
     return (new_s, new_t, sum_s, sum_t, sum_1, cross, widest, first_s, first_t), e_s, e_t, e_1
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from .row_terms import RowTerms, Weights
 from .triton_arithmetic import (
+    LOG2_E,
     argmax,
     exp2_below,
     fold,
@@ -123,7 +124,6 @@ def _row_kernel(
     if gradient is not None:
         gradient = row_start(gradient, row, gradient_stride, ALIGNED)
     BLOCK: tl.constexpr = LANES * PER_LANE
-    LAST: tl.constexpr = (C - 1) // BLOCK * BLOCK
     WITH_E_1: tl.constexpr = WITH_CE and not T_IS_1
     lanes = tl.arange(0, LANES) * PER_LANE  # the first column of each
     label = tl.load(labels + row)
@@ -133,33 +133,20 @@ def _row_kernel(
             for start in range(0, C, BLOCK):
                 store_slope(gradient, start + lanes, tl.zeros([LANES, PER_LANE], tl.float32), 0.0, -1, C)
         return
-
     label = tl.where((label >= 0) & (label < C), label, -1).to(tl.int32)
     target_s, target_t = load_target(student, label), load_target(teacher, label)
-    log2_e = 1.4426950408889634
     inverse_T = 1 / T
-    rate = inverse_T * log2_e
+    rate = inverse_T * LOG2_E
     nothing, lowest = tl.zeros([LANES], tl.float32), tl.full([LANES], -float("inf"), tl.float32)
     first = tl.zeros([LANES], tl.int32)
     state = lowest, lowest, nothing, nothing, nothing, nothing, lowest, first, first
     state, e_s, e_t, e_1 = fold(state, student, teacher, lanes, label, rate, C, PER_LANE, WITH_E_1)
     for start in range(BLOCK, C, BLOCK):
         state, e_s, e_t, e_1 = fold(state, student, teacher, start + lanes, label, rate, C, PER_LANE, WITH_E_1)
-    lane_s, lane_t, sum_s, sum_t, sum_1, cross, widest, first_s, first_t = state
-
-    # The lanes' terms become the row's.
-    top_s, top_t, widest, _ = split4(tl.max(join4(lane_s, lane_t, widest, widest), 0))
-    first_s, first_t = tl.where(lane_s == top_s, first_s, C), tl.where(lane_t == top_t, first_t, C)
-    first_s, first_t = tl.split(tl.min(tl.join(first_s, first_t), 0))
-    best_s = argmax(student, first_s, top_s, target_s, label, C, PER_LANE)
-    best_t = argmax(teacher, first_t, top_t, target_t, label, C, PER_LANE)
-    weight_s, weight_t = exp2_below(lane_s, top_s, rate), exp2_below(lane_t, top_t, rate)
-    cross = times(weight_t, cross + times(sum_t, (lane_t - top_t) - (lane_s - top_s)))
-    weight_1 = weight_s
-    if WITH_E_1:
-        weight_1 = exp2_below(lane_s, top_s, log2_e)
-    sums = join4(sum_s * weight_s, sum_t * weight_t, sum_1 * weight_1, cross)
-    sum_s, sum_t, sum_1, cross = split4(tl.sum(sums, 0))
+    tops, bests, widest, weights, sums, cross = _row_of_lanes(
+        state, student, teacher, target_s, target_t, label, rate, C, PER_LANE, WITH_E_1
+    )
+    top_s, top_t, sum_s, sum_t, sum_1 = tops[0], tops[1], sums[0], sums[1], sums[2]
     odds_s = (target_s - top_s) * inverse_T - tl.log(sum_s)
     odds_t = (target_t - top_t) * inverse_T - tl.log(sum_t)
     odds_1 = odds_s
@@ -177,6 +164,62 @@ def _row_kernel(
     ce = 0.0
     if WITH_CE:
         ce = -log_sigmoid(odds_1)
+    fault = _fault(student, teacher, lanes, target_s, target_t, label, top_t, sum_t, widest, C, BLOCK, PER_LANE)
+    store_terms(terms, flags, row, N, ce, tckd, nckd, dkd, bests[0] == bests[1], fault)
+
+    if gradient is not None:
+        if SCALE_ON_DEVICE:
+            scale = tl.load(scale).to(tl.float32)
+        excess = tl.where(p < p_rest, p - b, b_rest - p_rest)  # p − b, from the two numbers that keep its digits
+        at_target = alpha * T * excess
+        of_s = -at_target
+        of_1 = 0.0
+        if WITH_CE:
+            p, p_rest = sigmoids(odds_1)
+            at_target -= ce_weight * p_rest
+            if WITH_E_1:
+                of_1 = scale * ce_weight * p_rest
+            else:
+                of_s += ce_weight * p_rest
+        at_target, of_gap, of_s = scale * at_target, scale * beta * T, scale * of_s
+        factors = of_gap, of_s, of_1, at_target
+        _write_gradient(
+            gradient, student, teacher, lanes, label, factors, (e_s, e_t, e_1), weights, tops, sums, rate,
+            C, BLOCK, PER_LANE, WITH_E_1,
+        )  # fmt: skip
+
+
+@triton.jit
+def _row_of_lanes(
+    state, student, teacher, target_s, target_t, label, rate, C: tl.constexpr, PER_LANE: tl.constexpr,
+    WITH_E_1: tl.constexpr,
+):  # fmt: skip
+    """The row's terms, of those of its lanes (see `fold`); the weights (LANES,) that bring a lane to the row's maximum.
+
+    (top_s, top_t), (class of s, class of t), widest, (weight_s, weight_t, weight_1), (sum_s, sum_t, sum_1), cross.
+    """
+    lane_s, lane_t, sum_s, sum_t, sum_1, cross, widest, first_s, first_t = state
+    top_s, top_t, widest, _ = split4(tl.max(join4(lane_s, lane_t, widest, widest), 0))
+    first_s, first_t = tl.where(lane_s == top_s, first_s, C), tl.where(lane_t == top_t, first_t, C)
+    first_s, first_t = tl.split(tl.min(tl.join(first_s, first_t), 0))
+    best_s = argmax(student, first_s, top_s, target_s, label, C, PER_LANE)
+    best_t = argmax(teacher, first_t, top_t, target_t, label, C, PER_LANE)
+    weight_s, weight_t = exp2_below(lane_s, top_s, rate), exp2_below(lane_t, top_t, rate)
+    cross = times(weight_t, cross + times(sum_t, (lane_t - top_t) - (lane_s - top_s)))
+    weight_1 = weight_s
+    if WITH_E_1:
+        weight_1 = exp2_below(lane_s, top_s, LOG2_E)
+    sums = join4(sum_s * weight_s, sum_t * weight_t, sum_1 * weight_1, cross)
+    sum_s, sum_t, sum_1, cross = split4(tl.sum(sums, 0))
+    return (top_s, top_t), (best_s, best_t), widest, (weight_s, weight_t, weight_1), (sum_s, sum_t, sum_1), cross
+
+
+@triton.jit
+def _fault(
+    student, teacher, lanes, target_s, target_t, label, top_t, sum_t, widest,
+    C: tl.constexpr, BLOCK: tl.constexpr, PER_LANE: tl.constexpr,
+):  # fmt: skip
+    """`RowTerms.fault` of the row."""
     # Comparisons with NaN are false. A finite sum is 1 at least, of the maximum.
     usable = (sum_t >= 1) & (top_t < float("inf")) & (target_t < float("inf"))
     masked = masks_mass(target_s, target_t).to(tl.int32)
@@ -185,39 +228,42 @@ def _row_kernel(
             s = load_others(student, start + lanes, label, C, PER_LANE)
             t = load_others(teacher, start + lanes, label, C, PER_LANE)
             masked = masked | tl.max(tl.max(masks_mass(s, t).to(tl.int32), 1), 0)
-    fault = tl.where(usable, 2 * masked, 1)
-    store_terms(terms, flags, row, N, ce, tckd, nckd, dkd, best_s == best_t, fault)
+    return tl.where(usable, 2 * masked, 1)
 
-    if gradient is not None:
-        if SCALE_ON_DEVICE:
-            scale = tl.load(scale).to(tl.float32)
-        excess = tl.where(p < p_rest, p - b, b_rest - p_rest)  # p − b, from the two numbers that keep its digits
-        at_target = alpha * T * excess
-        of_s = -at_target
-        share_1 = 0.0
-        if WITH_CE:
-            p, p_rest = sigmoids(odds_1)
-            at_target -= ce_weight * p_rest
-            if WITH_E_1:
-                share_1 = scale * ce_weight * p_rest / sum_1
-            else:
-                of_s += ce_weight * p_rest
-        at_target, of_gap, of_s = scale * at_target, scale * beta * T, scale * of_s
-        share_s, share_t = 1 / sum_s, 1 / sum_t
-        tl.debug_barrier()  # the gradient may be the student's memory, and nobody writes before all have read
-        q_s, q_t = e_s * (weight_s * share_s)[:, None], e_t * (weight_t * share_t)[:, None]
+
+@triton.jit
+def _write_gradient(
+    gradient, student, teacher, lanes, label, factors, last, weights, tops, sums, rate,
+    C: tl.constexpr, BLOCK: tl.constexpr, PER_LANE: tl.constexpr, WITH_E_1: tl.constexpr,
+):  # fmt: skip
+    """of_gap·(q_s − q_t) + of_s·q_s + of_1·q_1, at_target at the target; q_1 are the student's q at T = 1.
+
+    Args:
+        factors: of_gap, of_s, of_1, at_target.
+        last: the exponentials of the row's last block below the lanes' maxima, by T of student and teacher, and at 1.
+        weights: what brings them to the row's maxima, `tops`.
+        sums: of the row's exponentials.
+    """
+    of_gap, of_s, of_1, at_target = factors
+    e_s, e_t, e_1 = last
+    weight_s, weight_t, weight_1 = weights
+    top_s, top_t = tops
+    LAST: tl.constexpr = (C - 1) // BLOCK * BLOCK
+    share_s, share_t, share_1 = 1 / sums[0], 1 / sums[1], of_1 / sums[2]
+    tl.debug_barrier()  # the gradient may be the student's memory, and nobody writes before all have read
+    q_s, q_t = e_s * (weight_s * share_s)[:, None], e_t * (weight_t * share_t)[:, None]
+    slope = of_gap * (q_s - q_t) + of_s * q_s
+    if WITH_E_1:
+        slope += e_1 * (weight_1 * share_1)[:, None]
+    store_slope(gradient, LAST + lanes, slope, at_target, label, C)
+    for behind in range(BLOCK, LAST + 1, BLOCK):
+        now = LAST - behind + lanes
+        s, t = load(student, now, C, PER_LANE), load(teacher, now, C, PER_LANE)
+        q_s, q_t = exp2_below(s, top_s, rate) * share_s, exp2_below(t, top_t, rate) * share_t
         slope = of_gap * (q_s - q_t) + of_s * q_s
         if WITH_E_1:
-            slope += e_1 * (weight_1 * share_1)[:, None]
-        store_slope(gradient, LAST + lanes, slope, at_target, label, C)
-        for behind in range(BLOCK, LAST + 1, BLOCK):
-            now = LAST - behind + lanes
-            s, t = load(student, now, C, PER_LANE), load(teacher, now, C, PER_LANE)
-            q_s, q_t = exp2_below(s, top_s, rate) * share_s, exp2_below(t, top_t, rate) * share_t
-            slope = of_gap * (q_s - q_t) + of_s * q_s
-            if WITH_E_1:
-                slope += exp2_below(s, top_s, log2_e) * share_1
-            store_slope(gradient, now, slope, at_target, label, C)
+            slope += exp2_below(s, top_s, LOG2_E) * share_1
+        store_slope(gradient, now, slope, at_target, label, C)
 
 
 @triton.jit
