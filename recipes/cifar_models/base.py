@@ -14,7 +14,8 @@ class CifarImageClassifier(PreTrainedModel):
     """Logits of `classifier(mean over the pixels of tail(stages(stem(pixel_values))))`.
 
     Convolutions start from He's normal distribution over the fan-out, batch normalisation from weight 1 and bias 0, the
-    classifier as in PyTorch; families whose published code does otherwise override `_init_weights`.
+    classifier as in PyTorch, or from a normal distribution of `classifier_std`; families whose published code does
+    otherwise override `_init_weights`.
 
     Args:
         config: with `num_labels`.
@@ -25,6 +26,7 @@ class CifarImageClassifier(PreTrainedModel):
     """
 
     config_class: type[PreTrainedConfig]
+    classifier_std: float | None = None
     main_input_name = "pixel_values"
 
     def __init__(
@@ -48,6 +50,9 @@ class CifarImageClassifier(PreTrainedModel):
             initialization.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
             if module.bias is not None:
                 initialization.zeros_(module.bias)
+        elif isinstance(module, nn.Linear) and self.classifier_std is not None:
+            initialization.normal_(module.weight, std=self.classifier_std)
+            initialization.zeros_(module.bias)
         elif isinstance(module, nn.Linear):
             module.reset_parameters()
         else:

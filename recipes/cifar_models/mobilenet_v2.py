@@ -9,7 +9,6 @@ from collections.abc import Iterator
 
 import torch
 from torch import nn
-from transformers import initialization
 from transformers.configuration_utils import PreTrainedConfig
 
 from .base import CifarImageClassifier, conv_norm, conv_norm_relu
@@ -58,6 +57,7 @@ def stages(config: CifarMobileNetV2Config) -> Iterator[nn.Sequential]:
 
 class CifarMobileNetV2ForImageClassification(CifarImageClassifier):
     config_class = CifarMobileNetV2Config
+    classifier_std = 0.01
 
     def __init__(self, config: CifarMobileNetV2Config) -> None:
         last = int(STAGES[-1][0] * config.depth_multiplier)
@@ -68,10 +68,3 @@ class CifarMobileNetV2ForImageClassification(CifarImageClassifier):
             features=config.last_hidden_size,
             tail=conv_norm_relu(last, config.last_hidden_size, 1),
         )
-
-    def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, nn.Linear):
-            initialization.normal_(module.weight, std=0.01)
-            initialization.zeros_(module.bias)
-        else:
-            super()._init_weights(module)

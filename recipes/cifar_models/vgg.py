@@ -5,7 +5,6 @@ Simonyan and Zisserman, *Very Deep Convolutional Networks* (ICLR 2015, arXiv 140
 """
 
 from torch import nn
-from transformers import initialization
 from transformers.configuration_utils import PreTrainedConfig
 
 from .base import CifarImageClassifier
@@ -30,6 +29,7 @@ def group(inputs: int, outputs: int, depth: int, *, pool: bool) -> nn.Sequential
 
 class CifarVGGForImageClassification(CifarImageClassifier):
     config_class = CifarVGGConfig
+    classifier_std = 0.01
 
     def __init__(self, config: CifarVGGConfig) -> None:
         sizes, depths = config.hidden_sizes, config.depths
@@ -39,10 +39,3 @@ class CifarVGGForImageClassification(CifarImageClassifier):
             stages=[group(sizes[i - 1], sizes[i], depths[i], pool=i < 4) for i in range(1, len(sizes))],
             features=sizes[-1],
         )
-
-    def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, nn.Linear):
-            initialization.normal_(module.weight, std=0.01)
-            initialization.zeros_(module.bias)
-        else:
-            super()._init_weights(module)
