@@ -85,13 +85,13 @@ def check_logits(student_logits: Tensor, teacher_logits: Tensor, temperature: fl
 
 def check_temperature(temperature: float) -> None:
     """Raise a `ValueError` for a temperature that is not a finite number above 0."""
-    if not (math.isfinite(temperature) and temperature > 0):
+    if not 0 < temperature < math.inf:
         raise ValueError(f"temperature is {temperature}; expected a finite number above 0.")
 
 
 def check_weight(name: str, weight: float) -> None:
     """Raise a `ValueError` for a weight that is not a finite number of 0 or above."""
-    if not (math.isfinite(weight) and weight >= 0):
+    if not 0 <= weight < math.inf:
         raise ValueError(f"{name} is {weight}; expected a finite number, 0 or above.")
 
 

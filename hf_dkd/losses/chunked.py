@@ -55,13 +55,14 @@ def chunked_dkd_loss(
 
     Args:
         ce_weight: weight of the cross-entropy at the labels, ≥ 0.
-        overwrite_student: the gradient may take the memory of `student_logits`, which then hold no logits any more.
-            Rows that share memory are left as they are.
+        overwrite_student: the gradient may take the memory of `student_logits`, which then hold no logits any more and
+            must not be the teacher's memory too. Rows that share memory among them are left as they are.
 
     Raises:
         ValueError: as `dkd_loss`, and for a teacher's row with NaN or +inf.
         RuntimeError: in a second backward through the same loss, or one with `create_graph=True`: there is no second
-            derivative. `dkd_loss` has both.
+            derivative. (In `torch.compile`, a second backward is right, and torch refuses the second derivative.)
+            `dkd_loss` has both, and forward-mode and `torch.func` derivatives, which there are none of here.
     """
     check_logits(student_logits, teacher_logits, temperature)
     for name, weight in (("alpha", alpha), ("beta", beta), ("ce_weight", ce_weight)):
@@ -114,12 +115,15 @@ def weighted_rows(
         )
         terms = RowTerms(*found)
     else:
+        in_place = wanted and overwrite_student and _apart(student)
         if wanted:
-            in_place = overwrite_student and _apart(student)
             gradient = student.detach() if in_place else empty(student.shape, student.dtype, student.device)
         options: dict[str, Any] = {"ignore_index": ignore_index, "scale": given, "gradient": gradient}
         with torch.no_grad():
             terms = row_pass(student.detach(), teacher.detach(), labels, weights, partition, **options)
+            if in_place:
+                # NumPy has written there, which autograd did not see: a graph that needs the logits is to be refused.
+                torch.autograd.graph.increment_version(student)
     return loss_with_gradient(student, terms, weights, gradient if wanted else None, scale, given, summed), terms
 
 
@@ -151,18 +155,18 @@ def loss_with_gradient(
 
 
 class _WithGradient(torch.autograd.Function):
-    """A loss whose gradient is known already: the backward gives it away."""
+    """A loss whose gradient is known but for a factor that is `left`: the backward gives it away."""
 
     @staticmethod
     def forward(
-        ctx: Any, student: Tensor, total: Tensor, scale: Tensor | float, gradient: Tensor, rest: Tensor | float | None
+        ctx: Any, student: Tensor, total: Tensor, scale: Tensor | float, gradient: Tensor, left: Tensor | float | None
     ) -> Tensor:
-        ctx.gradient, ctx.rest = gradient, rest
+        ctx.gradient, ctx.left = gradient, left
         return scale * total
 
     @staticmethod
     def backward(ctx: Any, of_loss: Tensor) -> tuple[Tensor | None, ...]:
-        factor = of_loss if ctx.rest is None else of_loss * ctx.rest
+        factor = of_loss if ctx.left is None else of_loss * ctx.left
         if torch.compiler.is_compiling():
             return (ctx.gradient * factor.reshape(-1, 1)).to(ctx.gradient.dtype), None, None, None, None
         return times_factor(given_away(ctx), factor), None, None, None, None
@@ -213,8 +217,8 @@ def _room_in_float16(weights: Weights, partition: Partition | None) -> float:
 
 
 def _apart(rows: Tensor) -> bool:
-    """Each row (N, C) has memory of its own: none is repeated, as `expand` does."""
-    return 0 < rows.shape[1] * rows.stride(1) <= rows.stride(0)
+    """Each row (N, C) has memory of its own: none is repeated, as `expand` does, or read with another sign."""
+    return not rows.is_neg() and 0 < rows.shape[1] * rows.stride(1) <= rows.stride(0)
 
 
 def share_of_rows(kept: Tensor, reduction: str, dtype: torch.dtype) -> Tensor | float:

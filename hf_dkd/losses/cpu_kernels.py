@@ -1,8 +1,8 @@
 """The pass over rows on a CPU, a block of rows at a time: see `row_pass`.
 
-Blocks are small enough to stay in the processor's cache: memory is read and written once, and nothing of the size of
-the logits exists but the gradient. What there is one number of for each row is computed by NumPy, whose operations on
-few numbers cost less than torch's.
+Blocks are small enough for a cache that is shared by the cores: memory is read and written once, and nothing of the
+size of the logits exists but the gradient. What there is one number of for each row is computed by NumPy, whose
+operations on few numbers cost less than torch's.
 """
 
 from typing import Any, NamedTuple
@@ -12,11 +12,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .row_definition import rows_by_autograd
+from .row_definition import rows_by_definition
 from .row_terms import RowTerms, Weights, kinds_of_terms, terms_dtype
 
 _Array = NDArray[Any]
 
+# Of one of the four arrays of a block. Smaller blocks fit the cores' own caches, but are more calls, and were slower.
 _BLOCK_BYTES = 2**22
 # Elements from which torch shares an operation out to threads; below, NumPy's cost less.
 _SHARED_OUT = 2**15
@@ -24,7 +25,7 @@ _SHARED_OUT = 2**15
 _WIDEST_ODDS = 60.0
 # The logarithm of a mass of 0 would be a warning; of this one it marks the row as wide.
 _LEAST_MASS = 1e-37
-# Of the largest logit and T: the quotient is rounded, by more than a teacher torn between two distant classes allows.
+# Of a row's largest logit and T: beyond, rounding the quotients would cost more digits than the other steps do.
 _LARGEST_QUOTIENT = 128.0
 
 
@@ -46,28 +47,24 @@ def row_pass(
         gradient[torch.from_numpy(~kept)] = 0.0
     count, classes = len(targets) if chosen is None else len(chosen), student.shape[1]
     size = max(1, min(count, _BLOCK_BYTES // (classes * dtype.itemsize)))
-    memory = torch.empty(4, size, classes, dtype=dtype).numpy()
+    memory = torch.empty(4, size, classes, dtype=dtype, device="cpu").numpy()
     factor = None if gradient is None else float(scale)
-    # NumPy writes new memory page after page. Torch does from many places at once, which takes up to ten times as long.
-    written = gradient.numpy() if gradient is not None and gradient.dtype == dtype else None
-    # Memory in use spares the copy of a block's gradient; into new memory of many blocks the time varied more without.
-    used = gradient is not None and gradient.data_ptr() == student.data_ptr()
-    direct = written is not None and chosen is None and (used or count == size)
+    # Into memory in use a block writes its gradient at once; into new memory of many, time varied less with a copy.
+    at_once = False
+    if gradient is not None and gradient.dtype == dtype and chosen is None:
+        at_once = count == size or gradient.data_ptr() == student.data_ptr()
     found = []
     for start in range(0, count, size):
         end = min(start + size, count)
         at = slice(start, end) if chosen is None else chosen[start:end]
-        rows: Any = at if chosen is None else torch.from_numpy(at)
         room = memory[:, : end - start]
-        slope = written[start:end] if written is not None and direct else room[0]
-        s_block, t_block = (_array(logits, rows, dtype) for logits in (student, teacher))
-        found.append(_block(s_block, t_block, targets[at], weights, factor, room, slope))
-        if written is not None and not direct:
-            written[at] = slope
-        elif gradient is not None and not direct:
-            gradient[rows] = torch.from_numpy(slope).to(gradient.dtype)
+        slope = gradient.numpy()[at] if gradient is not None and at_once else room[0]
+        pair = [_array(logits, at, dtype) for logits in (student, teacher)]
+        found.append(_block(pair[0], pair[1], targets[at], weights, factor, room, slope))
+        if gradient is not None and not at_once:
+            _write(gradient, at, slope)
     if not found:
-        return RowTerms(*(torch.zeros(len(targets), dtype=kind) for kind in kinds_of_terms(dtype)))
+        return RowTerms(*(labels.new_zeros(len(targets), dtype=kind) for kind in kinds_of_terms(dtype)))
     numbers, agrees, fault = (
         found[0] if len(found) == 1 else (np.concatenate(parts, -1) for parts in zip(*found, strict=True))
     )
@@ -78,8 +75,19 @@ def row_pass(
 
 def _array(logits: Tensor, rows: Any, dtype: torch.dtype) -> _Array:
     if logits.dtype == dtype and isinstance(rows, slice):
-        return logits.numpy()[rows]
-    return logits[rows].to(dtype).numpy()
+        return logits.resolve_neg().numpy()[rows]
+    rows = rows if isinstance(rows, slice) else torch.from_numpy(rows)
+    return logits[rows].to(dtype).resolve_neg().numpy()
+
+
+def _write(gradient: Tensor, rows: Any, slope: _Array) -> None:
+    made = torch.from_numpy(slope)
+    if gradient.dtype == made.dtype:
+        # NumPy writes new memory page after page. Torch does from many places at once, which takes up to ten times as
+        # long.
+        gradient.numpy()[rows] = slope
+        return
+    gradient[rows if isinstance(rows, slice) else torch.from_numpy(rows)] = made.to(gradient.dtype)
 
 
 def _among(number: int, chosen: _Array, values: _Array) -> _Array:
@@ -112,8 +120,8 @@ class _Odds(NamedTuple):
     """Their sum, of which ratios are free of the factor."""
 
 
-# What is not finite is found below.
-@np.errstate(over="ignore", invalid="ignore")
+# What is not finite is found below, and what is too small to count is 0.
+@np.errstate(all="ignore")
 def _block(
     student: _Array,
     teacher: _Array,
@@ -128,24 +136,24 @@ def _block(
     `slope` may be the memory of the student's logits, or `memory[0]`.
     """
     rows, temperature = np.arange(len(targets)), weights.temperature
+    s_given, t_given, s_top, t_top = student, teacher, student.argmax(1), teacher.argmax(1)
+    peaks = student[rows, s_top], teacher[rows, t_top]
+    if temperature != 1 and (np.maximum(*map(abs, peaks)) >= _LARGEST_QUOTIENT * temperature).any():
+        student, teacher = student - peaks[0][:, np.newaxis], teacher - peaks[1][:, np.newaxis]
     s = _odds(student, rows, targets, temperature, memory[0])
     t = _odds(teacher, rows, targets, temperature, memory[1])
     hard = s
     if weights.ce_weight is not None and temperature != 1:
         hard = _odds(student, rows, targets, 1.0, memory[3])
     numbers = _terms(s, t, hard, *_gaps(student, teacher, t.others, rows, targets, memory[2]), weights)
-    s_top, t_top = student.argmax(1), teacher.argmax(1)
     found = _Found(numbers, s_top == t_top, np.zeros(len(rows), np.uint8))
     # Others have a masked target or a fault, or gaps too wide for the short cuts.
     widest = np.maximum(np.maximum(abs(s.log_odds), abs(t.log_odds)), abs(hard.log_odds))
     narrow = (widest < _WIDEST_ODDS) & np.isfinite(numbers[4] + numbers[0])
-    if temperature != 1:
-        largest = np.maximum(abs(student[rows, s_top]), abs(teacher[rows, t_top]))
-        narrow &= largest < _LARGEST_QUOTIENT * temperature
     exact = None
     if not narrow.all():
-        s_wide, t_wide, labels = (torch.from_numpy(values[~narrow]) for values in (student, teacher, targets))
-        exact = rows_by_autograd(s_wide, t_wide, labels, weights, scale)
+        s_wide, t_wide, labels = (torch.from_numpy(values[~narrow]) for values in (s_given, t_given, targets))
+        exact = rows_by_definition(s_wide, t_wide, labels, weights, scale)
     if scale is not None:
         _write_slope(slope, s, t, hard, rows, targets, weights, scale)
     if exact is not None:
@@ -178,15 +186,15 @@ def _odds(logits: _Array, rows: _Array, targets: _Array, temperature: float, oth
 
 
 def _gaps(
-    student: _Array, teacher: _Array, weights: _Array, rows: _Array, targets: _Array, gaps: _Array
+    student: _Array, teacher: _Array, shares: _Array, rows: _Array, targets: _Array, gaps: _Array
 ) -> tuple[_Array, _Array]:
-    """The teacher's logits less the student's, (R,) each: the sum weighted by `weights` (R, C), and the target's.
+    """The teacher's logits less the student's, (R,) each: the sum weighted by `shares` (R, C), and the target's.
 
     `gaps` (R, C) is memory to use.
     """
     _elementwise("subtract", teacher, student, out=gaps)
     of_target = gaps[rows, targets]
-    _elementwise("multiply", gaps, weights, out=gaps)
+    _elementwise("multiply", gaps, shares, out=gaps)
     weighted = torch.from_numpy(gaps)
     total = weighted.sum(1).numpy()
     if not np.isfinite(total).all():

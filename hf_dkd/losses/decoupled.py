@@ -118,8 +118,8 @@ def row_divergences(
 ) -> tuple[Tensor, Tensor]:
     """`decoupled_kl` without its checks: nothing is read from the device."""
     student, teacher = same_precision(student_logits, teacher_logits)
-    student_odds, student_others = _split_at_target(student, labels, temperature)
-    teacher_odds, teacher_others = _split_at_target(teacher, labels, temperature)
+    student_odds, student_others = split_at_target(student, labels, temperature)
+    teacher_odds, teacher_others = split_at_target(teacher, labels, temperature)
     return binary_kl(teacher_odds, student_odds), kl(teacher_others, student_others)
 
 
@@ -130,18 +130,13 @@ def row_kl(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float
     return kl(log_probs(teacher), log_probs(student))
 
 
-def target_odds(logits: Tensor, labels: Tensor, temperature: float) -> Tensor:
-    """Log-odds of the target of each row against all other classes at temperature T, (N, C), (N,) → (N,)."""
-    return _split_at_target(logits, labels, temperature)[0]
-
-
 def weighted_sum(tckd: Tensor, nckd: Tensor, alpha: float, beta: float) -> Tensor:
     """α·TCKD + β·NCKD, where a weight of 0 removes its term even if that is infinite; always part of the graph."""
     terms = [weight * term for weight, term in ((alpha, tckd), (beta, nckd)) if weight != 0]
     return sum(terms[1:], terms[0]) if terms else tckd.masked_fill(torch.ones_like(tckd, dtype=torch.bool), 0.0)
 
 
-def _split_at_target(logits: Tensor, labels: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+def split_at_target(logits: Tensor, labels: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """Log-odds of the target (N,), and log-probabilities among the other classes (N, C), -inf at the target."""
     target = labels.unsqueeze(1)
     others = logits.scatter(1, target, -math.inf)

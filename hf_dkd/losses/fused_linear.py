@@ -130,10 +130,11 @@ def fused_rows(
 
     Finding the labelled rows reads the device once.
     """
+    leaves = [student_hidden, student.weight, student.bias]
+    if not torch.is_grad_enabled():  # which the function below would not see
+        leaves = [None if leaf is None else leaf.detach() for leaf in leaves]
     loss, *terms = _FusedLinear.apply(
-        student_hidden,
-        student.weight,
-        student.bias,
+        *leaves,
         student,
         teacher_hidden,
         teacher,
@@ -183,14 +184,14 @@ class _FusedLinear(torch.autograd.Function):
                 block = hidden[rows].to(dtypes[0]), teacher_hidden[rows].to(dtypes[1]), labels[rows]
                 found.append(_block(*block, student, teacher, weights, given, gradients, rows, memory, first))
         terms = RowTerms(*(_at(rows, kept, labels) for rows in map(torch.cat, zip(*found, strict=True))))
-        ctx.gradient, ctx.rest, ctx.dtype = gradients, 1.0 if given is scale else scale, weight.dtype
+        ctx.gradient, ctx.left, ctx.dtype = gradients, 1.0 if given is scale else scale, weight.dtype
         ctx.mark_non_differentiable(*terms)
         rows = weights.ce_weight * terms.ce + terms.dkd if weights.ce_weight else terms.dkd
         return scale * rows.sum(), *terms
 
     @staticmethod
     def backward(ctx: Any, of_loss: Tensor, *of_terms: Tensor) -> tuple[Tensor | None, ...]:
-        factor = of_loss * ctx.rest
+        factor = of_loss * ctx.left
         scaled = [None if gradient is None else times_factor(gradient, factor) for gradient in given_away(ctx)]
         hidden, *of_head = scaled
         return hidden, *(None if gradient is None else gradient.to(ctx.dtype) for gradient in of_head), *[None] * 7

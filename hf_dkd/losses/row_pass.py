@@ -5,7 +5,7 @@ of student and teacher, all at temperature T, the gradient of a row's T²·(α·
 
     αT(p − b) at the target y, and T[β(q_s,i − q_t,i) − α(p − b)·q_s,i] at the other classes i.
 
-`cpu_kernels` and `triton_kernels` have it; what they do not take comes from the definitions, a block at a time.
+`cpu_kernels` and `triton_kernels` have it; what they do not take comes from `row_definition`, a block at a time.
 """
 
 from importlib.util import find_spec
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from . import cpu_kernels
-from .row_definition import rows_by_autograd
+from .row_definition import rows_by_definition
 from .row_terms import (
     STUDENT_MASKS,
     TEACHER_UNUSABLE,
@@ -74,7 +74,9 @@ def row_pass(
         if partition is not None and partition.mixed is not None:
             part = partition._replace(mixed=partition.mixed[rows])
         factor = None if gradient is None else scale * (~left_out).to(dtype)
-        terms, slope = rows_by_autograd(pair[0], pair[1], labels[rows].masked_fill(left_out, 0), weights, factor, part)
+        terms, slope = rows_by_definition(
+            pair[0], pair[1], labels[rows].masked_fill(left_out, 0), weights, factor, part
+        )
         found.append([term.masked_fill(left_out, 0) for term in terms])
         if gradient is not None and slope is not None:
             gradient[rows] = slope.to(gradient.dtype)

@@ -54,7 +54,9 @@ def _fill_others(gradient: Tensor, positions: Tensor) -> None:
     if gradient.device.type != "cpu":
         gradient.zero_()
     elif len(positions) < len(gradient):
-        others = torch.ones(len(gradient), dtype=torch.bool).index_fill_(0, positions, False).nonzero()[:, 0]
+        others = (
+            torch.ones(len(gradient), dtype=torch.bool, device="cpu").index_fill_(0, positions, False).nonzero()[:, 0]
+        )
         _write(gradient, others, gradient.new_zeros(()).expand(len(others), gradient.shape[1]))
 
 

@@ -4,6 +4,7 @@ import math
 from functools import partial
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from hf_dkd.losses import DKDOutput, chunked, chunked_dkd_loss, decoupled_kl, dkd_loss, kd_loss
+from hf_dkd.losses import DKDOutput, chunked, chunked_dkd_loss, cpu_kernels, decoupled_kl, dkd_loss, kd_loss
 from hf_dkd.losses.chunked import weighted_rows
 from hf_dkd.losses.row_pass import TEACHER_UNUSABLE, Partition, Weights
 from tests.losses.row_pass_helpers import (
@@ -185,8 +186,15 @@ def test_the_gradient_may_take_the_memory_of_the_student() -> None:
     assert torch.equal(leaf, student)
 
 
-def test_a_graph_that_needs_the_overwritten_logits_is_refused() -> None:
-    student, teacher, labels = some_ignored()
+@pytest.mark.parametrize("ignored", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("block_bytes", [2**22, 200])
+def test_a_graph_that_needs_the_overwritten_logits_is_refused(
+    monkeypatch: pytest.MonkeyPatch, block_bytes: int, dtype: torch.dtype, ignored: bool
+) -> None:
+    monkeypatch.setattr(cpu_kernels, "_BLOCK_BYTES", block_bytes)
+    student, teacher, labels = some_ignored() if ignored else rows()
+    student = student.to(dtype)
     logits = student.requires_grad_().tanh()
     loss = chunked_dkd_loss(logits, teacher, labels, overwrite_student=True).loss
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
@@ -228,6 +236,43 @@ def test_memory_of_every_dtype_is_the_shape_of_the_logits(dtype: torch.dtype) ->
         assert (memory.shape, memory.dtype, memory.is_contiguous()) == (shape, dtype, True)
         memory.fill_(3)
         assert (memory == 3).all()
+
+
+@pytest.mark.parametrize("which", ["student", "teacher", "both"])
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_views_with_another_sign_are_read_with_it(which: str, overwrite: bool) -> None:
+    student, teacher, labels = rows()
+    slope = gradient_of(lambda leaf: dkd_loss(leaf, teacher, labels), student)
+
+    def negated(logits: Tensor) -> Tensor:
+        view = torch.complex(torch.zeros_like(logits), -logits).conj().imag
+        assert view.is_neg()
+        return view
+
+    if which != "student":
+        teacher = negated(teacher)
+    view = negated if which != "teacher" else (lambda leaf: leaf * 1)
+    loss = partial(chunked_dkd_loss, teacher_logits=teacher, labels=labels, overwrite_student=overwrite)
+    assert_within(gradient_of(lambda leaf: loss(view(leaf)).loss, student), slope, 1e-14)
+
+
+def test_a_default_device_does_not_matter() -> None:
+    student, teacher, labels = some_ignored()
+    wanted = chunked_dkd_loss(student, teacher, labels, **OPTIONS)
+    none = chunked_dkd_loss(student[:0], teacher[:0], labels[:0])
+    with torch.device("meta"):
+        for one, other in zip(chunked_dkd_loss(student, teacher, labels, **OPTIONS), wanted, strict=True):
+            assert torch.equal(one, other)
+        assert chunked_dkd_loss(student[:0], teacher[:0], labels[:0]) == none
+
+
+def test_floating_point_errors_of_numpy_are_not_raised() -> None:
+    student, teacher, labels = rows(scale=30.0, count=64, classes=1000)
+    student, teacher = student.float(), teacher.float()
+    with np.errstate(all="raise"):
+        loss = chunked_dkd_loss(student, teacher, labels, temperature=0.1).loss
+    wanted = dkd_loss(student.double(), teacher.double(), labels, temperature=0.1)
+    assert_within(loss, wanted, 1e-5 * wanted)
 
 
 # --- What is refused ---

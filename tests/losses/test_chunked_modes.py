@@ -10,6 +10,7 @@ from hf_dkd.losses import chunked_dkd_loss, dkd_loss
 from hf_dkd.losses.chunked import weighted_rows
 from hf_dkd.losses.row_pass import Partition, Weights
 from tests.losses.row_pass_helpers import (
+    CLASSES,
     IGNORED,
     OPTIONS,
     ROWS,
@@ -111,6 +112,44 @@ def test_compiled_in_one_graph_the_loss_is_the_same(dtype: torch.dtype, reductio
         gradient = gradient_of(lambda leaf, batch=batch: compiled(leaf, *batch).loss, student[part])
         assert gradient.dtype == dtype
         torch.testing.assert_close(gradient, slope, rtol=0, atol=rounding)
+
+
+@pytest.mark.parametrize("case", ["wide odds", "large logits", "masked target", "masked class", "two classes"])
+def test_compiled_rows_that_take_the_definition_are_the_same(case: str) -> None:
+    torch._dynamo.reset()
+    student, teacher, labels = rows()
+    temperature = 4.0
+    if case == "wide odds":
+        student[0, labels[0]], temperature = 90.0, 1.0
+    elif case == "large logits":
+        student[:, 3] = 600.0
+    elif case == "masked target":
+        teacher[0, labels[0]] = -torch.inf
+    elif case == "masked class":
+        other = (labels[0] + 1) % CLASSES
+        student[0, other] = teacher[0, other] = -torch.inf
+    else:
+        student, teacher, labels = student[:, :2], teacher[:, :2], labels % 2
+    loss = partial(chunked_dkd_loss, teacher_logits=teacher, labels=labels, temperature=temperature, ce_weight=0.5)
+    compiled = torch.compile(lambda leaf: loss(leaf).loss, backend="aot_eager", fullgraph=True)
+    assert torch.equal(compiled(student), loss(student).loss)
+    slope = gradient_of(lambda leaf: loss(leaf).loss, student)
+    assert_within(gradient_of(compiled, student), slope, 1e-14 * slope.abs().max())
+
+
+def test_compiled_for_any_shape_the_loss_is_the_same() -> None:
+    torch._dynamo.reset()
+    student, teacher, labels = some_ignored()
+
+    def loss(student: Tensor, teacher: Tensor, labels: Tensor, alpha: float, temperature: float) -> Tensor:
+        return chunked_dkd_loss(student, teacher, labels, alpha=alpha, temperature=temperature).loss
+
+    compiled = torch.compile(loss, backend="aot_eager", fullgraph=True, dynamic=True)
+    for rows_of, alpha, temperature in ((slice(ROWS), 1.0, 4.0), (slice(5), 0.5, 2.0)):
+        batch = teacher[rows_of], labels[rows_of], alpha, temperature
+        assert torch.equal(compiled(student[rows_of], *batch), loss(student[rows_of], *batch))
+        slope = gradient_of(lambda leaf, batch=batch: loss(leaf, *batch), student[rows_of])
+        assert_within(gradient_of(lambda leaf, batch=batch: compiled(leaf, *batch), student[rows_of]), slope, 1e-14)
 
 
 @pytest.mark.parametrize(

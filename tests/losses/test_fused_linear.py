@@ -200,6 +200,20 @@ def test_under_autocast_products_are_in_its_type_and_gradients_in_that_of_the_we
     assert [gradient.dtype for gradient in torch.autograd.grad(found, leaves)] == [torch.float32] * 3
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_where_gradients_are_off_none_is_made(monkeypatch: pytest.MonkeyPatch, mode: type) -> None:
+    heads = Heads()
+    heads.hidden[1] *= 100  # such a row is computed by the definition
+    wanted = heads.fused(ce_weight=0.5)
+    heads.leaves()
+    monkeypatch.setattr(fused_linear, "_add_product", lambda *_: pytest.fail("a gradient of the weight"))
+    with mode():
+        found = heads.fused(ce_weight=0.5)
+    assert not found.loss.requires_grad
+    for one, other in zip(found, wanted, strict=True):
+        assert torch.equal(one, other)
+
+
 def test_no_gradient_flows_to_the_teacher_and_a_second_backward_is_refused() -> None:
     heads = Heads()
     heads.leaves()
