@@ -4,7 +4,8 @@
 
 Steps of `DKDTrainer` on a cache, and with the live teacher, over those of plain `Trainer` on the same data: one
 process, the three in turn, the median step of each run; of the ratios the median, the lowest and the highest.
-Written with a teacher that costs nothing, so that the rows per second are those of ranking, checking and writing.
+Written with a teacher that costs nothing, so that the rows per second are those of ranking, checking and writing, and
+from a stream, to see that memory does not grow with the data.
 """
 
 import logging
@@ -12,12 +13,13 @@ import shutil
 import statistics
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from datasets.utils.logging import disable_progress_bar
 from torch import Tensor, nn
 from transformers import (
@@ -43,6 +45,7 @@ STEPS = [
     ("language model, 152k, k = 64", 151_936, 2, 64),
 ]
 CORPUS = 1e12
+STREAMED = 20_000, 80_000
 
 
 def bert(layers: int, classes: int) -> Any:
@@ -132,7 +135,7 @@ class Constant(nn.Module):
         return self.logits[: len(input_ids)]
 
 
-def write_seconds(folder: Path, data: Dataset, logits: Tensor, **settings: Any) -> float:
+def write_seconds(folder: Path, data: Dataset | IterableDataset, logits: Tensor, **settings: Any) -> float:
     start = time.perf_counter()
     head = "causal_lm" if logits.ndim == 3 else "classification"
     cache_teacher_outputs(Constant(logits), data, folder, batch_size=len(logits), head=head, **settings)
@@ -170,8 +173,32 @@ def storage_table(folder: Path) -> list[dict[str, Any]]:
     return table
 
 
-def in_markdown(steps: list[dict[str, Any]], storage: list[dict[str, Any]]) -> dict[str, str]:
-    """The two tables, and the goal."""
+def write_streamed(count: int) -> None:
+    """Cache `count` examples of 1,000 classes that exist one at a time."""
+
+    def examples() -> Iterator[dict[str, Any]]:
+        for number in range(count):
+            yield {"input_ids": [number], "attention_mask": [1], "labels": number % 1000}
+
+    logits = torch.zeros(256, 1000)
+    with tempfile.TemporaryDirectory() as folder:
+        write_seconds(Path(folder), IterableDataset.from_generator(examples), logits, dtype="float32")
+
+
+def memory_table() -> list[dict[str, Any]]:
+    """Bytes that the process needs of its own while it writes a stream."""
+    table = []
+    for count in STREAMED:
+        peak = measure.in_fresh_process("benchmarks.cache", "--memory", str(count))
+        table.append({"rows": count, "written": 4_000 * count, "peak_memory": peak})
+        print(f"{count:>8,} rows of a stream: {peak / 1e6:.1f} MB of memory for {4_000 * count / 1e6:.0f} MB of logits")
+    return table
+
+
+def in_markdown(
+    steps: list[dict[str, Any]], storage: list[dict[str, Any]], memory: list[dict[str, Any]]
+) -> dict[str, str]:
+    """The tables, and the goal."""
 
     def ratio(row: dict[str, Any], kind: str) -> str:
         return report.ranged(measure.Spread(*(row[kind][name] for name in ("median", "low", "high"))))
@@ -188,10 +215,14 @@ def in_markdown(steps: list[dict[str, Any]], storage: list[dict[str, Any]]) -> d
         ]
         for row in storage
     ]
+    of_memory = [
+        [f"{row['rows']:,}", f"{row['written'] / 1e6:.0f}", f"{row['peak_memory'] / 1e6:.1f}"] for row in memory
+    ]
     goals = [report.Goal(f"{row['step']}: step with a cache / plain", row["cached"]["ratios"], 1.05) for row in steps]
     return {
         "Steps": report.table(["", "plain Trainer, s", "cached / plain", "live teacher / plain"], of_steps),
         "Storage": report.table(["classes", "kept", "bytes a row", "rows/s", "10^12 rows", "process-days"], of_rows),
+        "Memory": report.table(["rows of a stream", "logits written, MB", "peak memory, MB"], of_memory),
         "Goals": report.goals_table(goals),
     }
 
@@ -203,10 +234,15 @@ def main() -> None:
     set_verbosity_error()
     disable_progress_bar()
     logging.getLogger("hf_dkd").setLevel(logging.ERROR)
+    if given.memory:
+        print(measure.peak_own_memory(lambda: write_streamed(int(given.memory))))
+        return
     with tempfile.TemporaryDirectory() as folder:
         storage = storage_table(Path(folder))
         steps = steps_table(given.repeats, given.steps, Path(folder))
-    report.write(given.output_dir, "cache", in_markdown(steps, storage), {"steps": steps, "storage": storage})
+    memory = memory_table()
+    facts = {"steps": steps, "storage": storage, "memory": memory}
+    report.write(given.output_dir, "cache", in_markdown(steps, storage, memory), facts)
 
 
 if __name__ == "__main__":
