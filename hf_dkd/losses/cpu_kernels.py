@@ -136,17 +136,16 @@ def _block(
     `slope` may be the memory of the student's logits, or `memory[0]`.
     """
     rows, temperature = np.arange(len(targets)), weights.temperature
-    s_given, t_given, s_top, t_top = student, teacher, student.argmax(1), teacher.argmax(1)
-    peaks = student[rows, s_top], teacher[rows, t_top]
-    if temperature != 1 and (np.maximum(*map(abs, peaks)) >= _LARGEST_QUOTIENT * temperature).any():
-        student, teacher = student - peaks[0][:, np.newaxis], teacher - peaks[1][:, np.newaxis]
+    s_given, t_given = student, teacher
+    if temperature != 1:
+        student, teacher = _divisible(student, temperature), _divisible(teacher, temperature)
     s = _odds(student, rows, targets, temperature, memory[0])
     t = _odds(teacher, rows, targets, temperature, memory[1])
     hard = s
     if weights.ce_weight is not None and temperature != 1:
         hard = _odds(student, rows, targets, 1.0, memory[3])
     numbers = _terms(s, t, hard, *_gaps(student, teacher, t.others, rows, targets, memory[2]), weights)
-    found = _Found(numbers, s_top == t_top, np.zeros(len(rows), np.uint8))
+    found = _Found(numbers, s_given.argmax(1) == t_given.argmax(1), np.zeros(len(rows), np.uint8))
     # Others have a masked target or a fault, or gaps too wide for the short cuts.
     widest = np.maximum(np.maximum(abs(s.log_odds), abs(t.log_odds)), abs(hard.log_odds))
     narrow = (widest < _WIDEST_ODDS) & np.isfinite(numbers[4] + numbers[0])
@@ -163,6 +162,12 @@ def _block(
         if of_wide is not None:
             slope[~narrow] = of_wide.numpy()
     return found
+
+
+def _divisible(logits: _Array, temperature: float) -> _Array:
+    """`logits` (R, C), less each row's largest if some of these are too large to be divided by the temperature."""
+    peaks = torch.from_numpy(logits).amax(1, keepdim=True).numpy()
+    return logits - peaks if (abs(peaks) >= _LARGEST_QUOTIENT * temperature).any() else logits
 
 
 def _odds(logits: _Array, rows: _Array, targets: _Array, temperature: float, others: _Array) -> _Odds:
