@@ -15,8 +15,13 @@ def test_a_checkpoint_that_was_not_written_to_its_end_is_passed_over(tmp_path: P
         folder.mkdir()
         (folder / "model.safetensors").touch()
         if step < 100:
-            (folder / "trainer_state.json").touch()
+            (folder / "trainer_state.json").write_text('{"global_step": 9}')
     assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-20")
+    for text in ("", '{"global_step": 1'):  # a state of which a part was written
+        (tmp_path / "checkpoint-100/trainer_state.json").write_text(text)
+        assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-20")
+    (tmp_path / "checkpoint-100/trainer_state.json").write_text('{"global_step": 100}')
+    assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-100")
 
 
 @pytest.mark.parametrize("minutes", [0, -1, float("nan")])
