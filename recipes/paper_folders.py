@@ -26,13 +26,17 @@ def finished(folder: str) -> bool:
     return state["global_step"] >= state["max_steps"]
 
 
+def _has_begun(folder: str) -> bool:
+    return bool(last_checkpoint(folder)) or Path(folder, "trainer_state.json").exists()
+
+
 def refuse_another(folder: str, settings: dict[str, Any], free: Set[str] = frozenset()) -> None:
     """Stop with one line where the folder holds a training with other settings, or one that is not of this recipe.
 
     Its checkpoints would be taken for those of this training. The settings in `free` may be others.
     """
     file, settings = Path(folder, "training.json"), json.loads(json.dumps(settings, default=str))
-    if not (last_checkpoint(folder) or Path(folder, "trainer_state.json").exists()):
+    if not _has_begun(folder):
         return
     if not file.exists():
         fail(f"{folder} holds a training that paper_cifar100.py did not begin: choose another folder.")
@@ -47,6 +51,8 @@ def refuse_another(folder: str, settings: dict[str, Any], free: Set[str] = froze
 def reserve(folder: str, settings: dict[str, Any]) -> None:
     """Keep the folder for a training with these settings, or stop where it is kept for another one."""
     refuse_another(folder, settings)
+    if _has_begun(folder):
+        return
     file = Path(folder, "training.json")
     file.parent.mkdir(parents=True, exist_ok=True)
     written = file.with_suffix(f".{os.getpid()}")

@@ -189,7 +189,7 @@ def test_a_run_waits_for_the_teacher_of_another(
 
 
 def test_the_lock_goes_with_a_killed_run(digits: dict[str, Any], tmp_path: Path) -> None:
-    options = SMALL | digits | {"teacher_model_name_or_path": tmp_path / "teacher", "teacher_epochs": 50}
+    options = SMALL | digits | {"teacher_model_name_or_path": tmp_path / "teacher", "teacher_epochs": 15}
     options["save_strategy"] = "epoch"
     first = start(1, tmp_path / "one", **options)
     while not any((tmp_path / "teacher").glob("checkpoint-*/trainer_state.json")):
@@ -199,4 +199,4 @@ def test_the_lock_goes_with_a_killed_run(digits: dict[str, Any], tmp_path: Path)
     first.wait()
     results = launch("paper_cifar100.py", **options, output_dir=tmp_path / "two")
     assert results["metrics"]["test"]
-    assert json.loads((tmp_path / "teacher/trainer_state.json").read_text())["epoch"] == 50
+    assert json.loads((tmp_path / "teacher/trainer_state.json").read_text())["epoch"] == 15
