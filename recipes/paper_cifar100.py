@@ -77,8 +77,7 @@ def main() -> None:
     learned = {name: value for name, value in settings.items() if not is_harmless(name)}
     reserve(args.output_dir, learned | {"processes": args.world_size})
     if finished(args.output_dir) and (output / "results.json").exists():
-        told = PartialState().print
-        told(f"The training in {output} is done: its results stay as they are.")
+        PartialState().print(f"The training in {output} is done: its results stay as they are.")
     else:
         args.resume_from_checkpoint = checkpoint_to_resume(args.output_dir, args.resume_from_checkpoint)
         trainer, splits = build(data, args, [TimeLimit(data.minutes)] if data.minutes else [])

@@ -47,6 +47,7 @@ def load(data: PaperArguments, args: PaperTrainingArguments) -> Images:
     if data.auto_augment:
         return strongly_augmented(rows, names, data, args)
     args.dataloader_num_workers, args.dataloader_pin_memory = 0, False  # for images that are on the device
+    args.dataloader_prefetch_factor, args.dataloader_persistent_workers = None, False
     return cifar_images(rows, names, data, args)
 
 

@@ -1,4 +1,4 @@
-"""The options of `paper_cifar100.py`: which are the paper's, which it does not follow, which change nothing learned."""
+"""The options of `paper_cifar100.py`; which ones it refuses, and which ones change nothing that is learned."""
 
 from dataclasses import dataclass
 from typing import Any

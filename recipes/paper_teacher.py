@@ -88,7 +88,8 @@ def train(images: Images, args: PaperTrainingArguments, callbacks: list[TrainerC
     name, folder = PAIRS[args.pair].teacher, args.output_dir
     checkpoint = checkpoint_to_resume(str(folder))
     if PartialState().is_main_process:
-        print(f"Training the teacher {name} in {folder} first: it holds {'a part of one' if checkpoint else 'none'}.")
+        there = "a part of one" if checkpoint else "none"
+        print(f"Training the teacher {name} in {folder} first: it holds {there}.", flush=True)
     set_seed(args.seed)
     trainer = make_trainer(make_model(name, images.names), images, args, callbacks)
     trainer.train(resume_from_checkpoint=checkpoint)

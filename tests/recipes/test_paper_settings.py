@@ -73,6 +73,15 @@ def test_views_of_cifar_are_those_of_the_paper(digits: dict[str, Any], tmp_path:
     assert cross_entropy(**digits, image_size=16, output_dir=tmp_path).train_dataset.padding == 2
 
 
+def test_images_on_the_device_need_no_workers(digits: dict[str, Any], tmp_path: Path) -> None:
+    workers = {"dataloader_num_workers": 2, "dataloader_prefetch_factor": 4, "dataloader_persistent_workers": True}
+    options = digits | {"image_size": 16, "output_dir": tmp_path, "max_train_samples": 64, "num_train_epochs": 1}
+    trainer, _ = built(
+        "paper_cifar100", pair="resnet20-resnet8", **options, **workers, teacher_model_name_or_path=tmp_path / "teacher"
+    )
+    assert (trainer.args.dataloader_num_workers, trainer.get_train_dataloader().num_workers) == (0, 0)
+
+
 def test_imagenet_is_seen_in_its_middle(tmp_path: Path) -> None:
     """The shorter side as 256 pixels, and of these the 224 in the middle (of twice the size, to be exact)."""
     grey = np.tile(np.arange(512, dtype=np.float64) / 2, (512, 1)).astype(np.uint8)  # 0 to 255 from left to right
