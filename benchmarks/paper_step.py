@@ -32,8 +32,9 @@ from .textbook import textbook_dkd_loss
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
 from cifar_models import config_of
-from paper_cifar100 import PaperTrainer
-from paper_presets import PAIRS, PaperTrainingArguments
+from paper_options import PaperTrainingArguments
+from paper_presets import PAIRS
+from paper_trainer import PaperTrainer
 
 BATCH_SIZE, UNTIMED_STEPS = 64, 3
 BARE, OURS, OURS_KD = "bare loop", "DKDTrainer", "DKDTrainer, kd"

@@ -1,5 +1,6 @@
 """Training in slices, for a machine that is lent for minutes or may be taken away."""
 
+import json
 import os
 import time
 from pathlib import Path
@@ -19,8 +20,14 @@ def last_checkpoint(output_dir: str | os.PathLike[str]) -> str | None:
     `transformers.trainer_utils.get_last_checkpoint` also returns one whose writing was interrupted, from which no
     training resumes: `trainer_state.json` is what Trainer writes last.
     """
-    whole = [file.parent for file in Path(output_dir).glob("checkpoint-*/trainer_state.json")]
-    return str(max(whole, key=lambda folder: int(folder.name.rpartition("-")[2]))) if whole else None
+    states = Path(output_dir).glob("checkpoint-*/trainer_state.json")
+    for file in sorted(states, key=lambda file: int(file.parent.name.rpartition("-")[2]), reverse=True):
+        try:
+            json.loads(file.read_text(encoding="utf-8"))
+        except ValueError:  # empty, or cut off
+            continue
+        return str(file.parent)
+    return None
 
 
 class TimeLimit(TrainerCallback):

@@ -76,9 +76,8 @@ def loading(what: str, name: str | None, remedy: str | None = None) -> Iterator[
     try:
         yield
     except (OSError, ValueError) as error:
-        place = (
-            "no such local path, and the Hub has it not or cannot be reached: " if isinstance(error, OSError) else ""
-        )
+        missing = isinstance(error, OSError) and not Path(name or "").exists()
+        place = "no such local path, and the Hub has it not or cannot be reached: " if missing else ""
         remedy = remedy or f"give a folder with --{what.split()[0]}_model_name_or_path FOLDER"
         fail(f"cannot load the {what} {name!r}: {place}{' '.join(str(error).split())[:400]}; {remedy}.")
 

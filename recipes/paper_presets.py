@@ -7,13 +7,8 @@ the benchmark (HobbitLong/RepDistiller), who report the last epoch.
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, NamedTuple
-
-from common import option
-
-from hf_dkd import DKDTrainingArguments
 
 
 class Schedule(NamedTuple):
@@ -53,6 +48,7 @@ class Pair(NamedTuple):
 
 
 def reported(teacher: float, student: float, kd: float, dkd: float) -> dict[str, float]:
+    """The paper's accuracies of a pair: its teacher's, and the student's on labels alone, with KD and with DKD."""
     return {"teacher": teacher, "cross-entropy": student, "kd": kd, "dkd": dkd}
 
 
@@ -86,52 +82,8 @@ IMAGENET_STUDENTS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-@dataclass
-class PaperTrainingArguments(DKDTrainingArguments):
-    """What is not given is the paper's."""
-
-    pair: str = option(DEFAULT_PAIR, "Teacher and student.", choices=list(PAIRS))
-    teacher_model_name_or_path: str | None = option(
-        None,
-        "Folder of the teacher; one for CIFAR-100 is trained there if it holds none. By default in outputs/teachers.",
-        aliases=["--teacher"],
-    )
-    num_train_epochs: float = option(None, "Milestones and warm-up go along.", aliases=["--epochs"])
-    teacher_epochs: float | None = option(None, "Those of a teacher that is trained first; by default as many.")
-    learning_rate: float = option(None, "By default the pair's.")
-    weight_decay: float = option(None, "By default the paper's.")
-    per_device_train_batch_size: int = option(None, "By default the paper's batch, divided among the processes.")
-    ce_weight: float = option(None, "By default 1; for kd 0.1, on ImageNet 0.5.")
-    dkd_alpha: float = option(None, "By default 1; for kd 0.9, on ImageNet 0.5.")
-    dkd_beta: float = option(None, "By default the pair's.")
-    dkd_temperature: float = option(None, "By default 4, on ImageNet 1.")
-    dkd_warmup_epochs: float = option(None, "By default a twelfth of the epochs, on ImageNet a hundredth; for kd none.")
-    dkd_warmup_staircase: bool = True
-    output_dir: str = "outputs/paper_cifar100"
-    per_device_eval_batch_size: int = 500
-    max_grad_norm: float = 0.0
-    eval_strategy: str = "epoch"
-    save_strategy: str = "epoch"
-    save_total_limit: int = 1
-    resume_from_checkpoint: str | None = "last"
-    logging_steps: float = 100
-    logging_nan_inf_filter: bool = False  # it reads the device at every step
-    remove_unused_columns: bool = False
-
-    def __post_init__(self) -> None:
-        schedule = PAIRS[self.pair].schedule
-        if self.num_train_epochs is None:
-            self.num_train_epochs = schedule.epochs
-        if self.dkd_warmup_steps and self.dkd_warmup_epochs is None:
-            self.dkd_warmup_epochs, self.dkd_warmup_staircase = 0.0, False
-        for name, value in published(self.pair, self.distillation, self.num_train_epochs).items():
-            if getattr(self, name) is None:
-                setattr(self, name, value)
-        super().__post_init__()
-
-
-def published(pair: str, distillation: str, epochs: float) -> dict[str, float]:
-    """The paper's settings of a pair, for a schedule of so many epochs."""
+def published(pair: str, distillation: str, epochs: float, kd_warmup: bool = False) -> dict[str, float]:
+    """The paper's settings of a pair, for a schedule of so many epochs; with `kd_warmup` kd has DKD's warm-up."""
     schedule, kd = PAIRS[pair].schedule, distillation == "kd"
     return {
         "learning_rate": PAIRS[pair].learning_rate,
@@ -141,5 +93,5 @@ def published(pair: str, distillation: str, epochs: float) -> dict[str, float]:
         "dkd_alpha": schedule.kd["dkd_alpha"] if kd else 1.0,
         "dkd_beta": 1.0 if kd else PAIRS[pair].beta,
         "dkd_temperature": schedule.temperature,
-        "dkd_warmup_epochs": 0.0 if kd else schedule.warmup_epochs * epochs / schedule.epochs,
+        "dkd_warmup_epochs": 0.0 if kd and not kd_warmup else schedule.warmup_epochs * epochs / schedule.epochs,
     }

@@ -15,19 +15,21 @@ from typing import Any, NamedTuple
 
 from common import fail, option, parse
 from paper_cifar100 import accuracies
+from paper_options import is_harmless
 from paper_presets import DEFAULT_PAIR, PAIRS, published
 from scipy.stats import ttest_1samp
 
 # What the paper's figures do not depend on. Whether the data is CIFAR-100 is for the reader to know.
 _FREE = {
-    "pair", "seed", "distillation", "num_train_epochs", "dkd_warmup_epochs", "output_dir", "minutes", "run_name",
-    "teacher_model_name_or_path", "teacher_epochs", "dataset_name", "dataset_config_name", "train_file", "test_file",
-    "image_column_name", "label_column_name", "bf16", "fp16", "tf32", "torch_compile", "teacher_compile", "use_cpu",
-    "per_device_eval_batch_size", "eval_with_teacher", "dataloader_num_workers", "disable_tqdm",
+    "pair", "seed", "distillation", "num_train_epochs", "teacher_model_name_or_path", "teacher_epochs", "dataset_name",
+    "dataset_config_name", "train_file", "test_file", "image_column_name", "label_column_name", "bf16", "fp16", "tf32",
+    "torch_compile", "teacher_compile", "use_cpu",
 }  # fmt: skip
-_FREE_BEGINNINGS = ("report_to", "logging_", "log_", "save_", "push_to_hub", "hub_", "resume_")
 # With one of these the teacher has another accuracy too.
-_OTHER_DATA = ("image_size", "max_train_samples", "max_eval_samples", "validation_share", "label_noise", "auto_augment")
+_OTHER_TEACHER = (
+    "image_size", "max_train_samples", "max_eval_samples", "validation_share", "label_noise", "auto_augment",
+    "other_teacher",
+)  # fmt: skip
 
 
 @dataclass
@@ -50,11 +52,11 @@ class Run(NamedTuple):
 def method_of(settings: dict[str, Any]) -> str | None:
     """The method of the paper's table that a run repeats; None for one that is not there."""
     pair, distillation = settings.get("pair", DEFAULT_PAIR), settings.get("distillation", "dkd")
-    own = published(pair, distillation, PAIRS[pair].schedule.epochs)
+    own = published(pair, distillation, settings.get("num_train_epochs", PAIRS[pair].schedule.epochs))
     changed = {
         name
         for name, value in settings.items()
-        if name not in _FREE and not name.startswith(_FREE_BEGINNINGS) and value != own.get(name)
+        if name not in _FREE and not is_harmless(name) and value != own.get(name)
     }
     if settings.get("dkd_alpha") == settings.get("dkd_beta") == 0:
         return None if changed - {"dkd_alpha", "dkd_beta"} else "cross-entropy"
@@ -62,13 +64,14 @@ def method_of(settings: dict[str, Any]) -> str | None:
 
 
 def read(folder: Path, method: str | None, seconds: float | None = None) -> Run:
+    """The run whose state is in a folder; `seconds` is how long it trained, where that is known."""
     state = json.loads((folder / "trainer_state.json").read_text())
     last, best, _ = accuracies(state["log_history"])
     return Run(100 * last, 100 * best, state["epoch"], seconds, method)
 
 
 def find(folders: list[str]) -> dict[tuple[str, str, str], list[Run]]:
-    """Runs by pair, method and the folder that they are in, the teachers too."""
+    """Runs in the folders and below, by pair, name and the folder that seeds share, and the teachers that they had."""
     found: dict[tuple[str, str, str], list[Run]] = defaultdict(list)
     teachers: dict[Path, tuple[str, str | None]] = {}
     for file in sorted({path.resolve() for folder in folders for path in Path(folder).rglob("results.json")}):
@@ -80,7 +83,7 @@ def find(folders: list[str]) -> dict[tuple[str, str, str], list[Run]]:
         group = folder.parent if folder.name.startswith("seed-") else folder
         seconds = None if results["resumed_from"] else results["training_seconds"]  # those of the last slice
         found[pair, group.name, str(group)].append(read(folder, method_of(settings), seconds))
-        changed = any(name in settings for name in _OTHER_DATA)
+        changed = any(name in settings for name in _OTHER_TEACHER)
         teachers[Path(settings["teacher_model_name_or_path"]).resolve()] = pair, None if changed else "teacher"
     for folder, (pair, method) in teachers.items():
         if (folder / "trainer_state.json").exists():
@@ -93,6 +96,8 @@ def interval(values: list[float]) -> dict[str, float]:
     mean = sum(values) / len(values)
     if len(values) == 1:
         return {"mean": mean}
+    if min(values) == max(values):  # their spread is 0, of which SciPy warns
+        return {"mean": mean, "low": mean, "high": mean}
     low, high = ttest_1samp(values, 0).confidence_interval(0.95)
     return {"mean": mean, "low": float(low), "high": float(high)}
 

@@ -1,0 +1,117 @@
+"""The folders of `paper_cifar100.py`: each is kept for one training, which may go on there another time."""
+
+import json
+import os
+import zipfile
+from collections.abc import Callable, Iterator, Set
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+from common import fail
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError, safe_open
+
+from hf_dkd.time_limit import last_checkpoint
+
+
+def finished(folder: str) -> bool:
+    """Whether a training came to its end there, by the state that is written after the weights."""
+    try:
+        state = json.loads(Path(folder, "trainer_state.json").read_text())
+    except (OSError, ValueError):  # none, or one whose writing was interrupted
+        return False
+    return state["global_step"] >= state["max_steps"]
+
+
+def _has_begun(folder: str) -> bool:
+    return bool(last_checkpoint(folder)) or Path(folder, "trainer_state.json").exists()
+
+
+def refuse_another(folder: str, settings: dict[str, Any], free: Set[str] = frozenset()) -> None:
+    """Stop with one line where the folder holds a training with other settings, or one that is not of this recipe.
+
+    Its checkpoints would be taken for those of this training. The settings in `free` may be others.
+    """
+    file, settings = Path(folder, "training.json"), json.loads(json.dumps(settings, default=str))
+    if not _has_begun(folder):
+        return
+    if not file.exists():
+        fail(f"{folder} holds a training that paper_cifar100.py did not begin: choose another folder.")
+    there = json.loads(file.read_text())
+    changed = {name for name in there | settings if there.get(name) != settings.get(name)}
+    changed -= free | ({"processes"} if finished(folder) else set())  # nothing is trained any more
+    if changed:
+        differences = ", ".join(f"{name} {there.get(name)} and not {settings.get(name)}" for name in sorted(changed))
+        fail(f"{folder} holds a training with {differences}: start that one, choose another folder, or remove it.")
+
+
+def reserve(folder: str, settings: dict[str, Any]) -> None:
+    """Keep the folder for a training with these settings, or stop where it is kept for another one."""
+    refuse_another(folder, settings)
+    if _has_begun(folder):
+        return
+    file = Path(folder, "training.json")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    written = file.with_suffix(f".{os.getpid()}")
+    written.write_text(json.dumps(settings, indent=2, default=str))
+    written.replace(file)  # other processes read it
+
+
+def on_main(ask: Callable[[], bool]) -> bool:
+    """What the main process finds: all must do the same, and another run may change the folder in between."""
+    processes = PartialState()
+    found = [processes.is_main_process and ask()]
+    if processes.num_processes > 1:
+        broadcast_object_list(found)
+    return found[0]
+
+
+@contextmanager
+def alone_in(folder: str) -> Iterator[None]:
+    """Wait until no other run trains in the folder, and keep others waiting; the lock vanishes with its process."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    lock, waits = FileLock(Path(folder, "training.lock")), False
+
+    def acquired() -> bool:
+        try:
+            lock.acquire(timeout=1)
+        except Timeout:
+            return False
+        return True
+
+    while not on_main(acquired):  # in turns: a process group does not wait for hours
+        if not waits and PartialState().is_main_process:
+            print(f"Waiting for another run, which trains in {folder}.", flush=True)
+        waits = True
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def checkpoint_to_resume(folder: str, asked: str | None = "last") -> str | None:
+    """The checkpoint that a training goes on from; None for the start. One that is not whole stops the script."""
+    checkpoint = last_checkpoint(folder) if asked == "last" else asked
+    if checkpoint is None:
+        return None
+    if not Path(checkpoint, "trainer_state.json").exists():
+        fail(f"--resume_from_checkpoint {checkpoint} has no trainer_state.json: name a folder checkpoint-N, or 'last'.")
+    for file in sorted(Path(checkpoint).iterdir()):
+        if not _is_whole(file):
+            fail(f"{file} is not whole: remove {checkpoint}; the training goes on from the checkpoint before, if any.")
+    return checkpoint
+
+
+def _is_whole(file: Path) -> bool:
+    """Whether a file of tensors was written to its end; others count as whole."""
+    if file.suffix in (".bin", ".pt", ".pth"):
+        return zipfile.is_zipfile(file)
+    if file.suffix == ".safetensors":
+        try:
+            safe_open(file, "pt")
+        except SafetensorError:
+            return False
+    return True

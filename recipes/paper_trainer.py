@@ -1,0 +1,66 @@
+"""The trainer of `paper_cifar100.py` and its models."""
+
+from typing import Any
+
+import torch
+from cifar_models import config_of
+from paper_data import Images
+from paper_presets import IMAGENET_STUDENTS, PAIRS
+from torch.optim.lr_scheduler import MultiStepLR
+from transformers import AutoConfig, AutoModelForImageClassification, TrainerCallback
+
+from hf_dkd import DKDTrainer
+from hf_dkd.images import CountEpochs
+from hf_dkd.metrics import classification_metrics
+
+
+class PaperTrainer(DKDTrainer):
+    """SGD with momentum, decay of all weights, and a learning rate that falls to a tenth at the milestones."""
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        args, model = self.args, model or self.model
+        self.optimizer: Any = torch.optim.SGD(
+            model.parameters(), args.learning_rate, momentum=0.9, weight_decay=args.weight_decay
+        )
+        return self.optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        pair: str = self.args.pair  # type: ignore[attr-defined]
+        milestones = [round(share * num_training_steps) for share in PAIRS[pair].schedule.milestones]
+        self.lr_scheduler: Any = MultiStepLR(optimizer or self.optimizer, milestones)
+        return self.lr_scheduler
+
+
+def make_model(name: str, labels: list[str]) -> Any:
+    """A model of the benchmark with random weights."""
+    classes: dict[str, Any] = {"num_labels": len(labels), "id2label": dict(enumerate(labels))}
+    classes["label2id"] = {label: number for number, label in enumerate(labels)}
+    if name not in IMAGENET_STUDENTS:
+        return AutoModelForImageClassification.from_config(config_of(name, **classes))
+    kind, changes = IMAGENET_STUDENTS[name]
+    model = AutoModelForImageClassification.from_config(AutoConfig.for_model(kind, **classes, **changes))
+    for part in model.modules() if kind == "mobilenet_v1" else ():
+        if isinstance(part, torch.nn.BatchNorm2d):
+            part.momentum = 0.1  # its 0.9997 is TensorFlow's: here it would forget all batches but the last
+        elif isinstance(part, torch.nn.Conv2d | torch.nn.Linear):
+            part.reset_parameters()  # the authors' starts as PyTorch's layers do, not from a normal of 0.02
+    return model
+
+
+def make_trainer(model: Any, images: Images, args: Any, callbacks: list[TrainerCallback], teacher: Any = None) -> Any:
+    """The trainer of a student, or without `teacher` of any model on the labels alone; it watches validation or test.
+
+    Raises:
+        ValueError: from `DKDTrainer`, for a teacher that does not fit the model.
+    """
+    return PaperTrainer(
+        model=model,
+        args=args,
+        data_collator=images.collator,
+        train_dataset=images.splits["train"],
+        eval_dataset=images.splits.get("validation", images.splits.get("test")),
+        processing_class=images.processor,
+        compute_metrics=classification_metrics,
+        callbacks=[CountEpochs(), *callbacks],
+        teacher=teacher,
+    )

@@ -1,0 +1,126 @@
+"""Folders of the paper's benchmark: kept for one training, which goes on there."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from .image_assets import save_parquet
+from .launching import recipe, run_here, weights
+
+SMALL = {"pair": "resnet20-resnet8", "image_size": 16, "max_train_samples": 256, "num_train_epochs": 2}
+
+
+@pytest.fixture(scope="module")
+def options(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Options of a run on 256 and 120 images of digits, on labels alone: two epochs of four steps."""
+    files = save_parquet(tmp_path_factory.mktemp("digits"))
+    return {f"{split}_file": str(path) for split, path in files.items()} | SMALL | {"dkd_alpha": 0, "dkd_beta": 0}
+
+
+@pytest.fixture(scope="module")
+def begun(options: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The output folder of a run that was stopped in its first epoch."""
+    folder = tmp_path_factory.mktemp("begun") / "out"
+    with pytest.raises(SystemExit):
+        run_here("paper_cifar100", **options, output_dir=folder, minutes=1e-9)
+    return folder
+
+
+def copy(begun: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(begun, tmp_path / "out"))
+
+
+def step_of(folder: Path) -> int:
+    (checkpoint,) = folder.glob("checkpoint-*")
+    return int(checkpoint.name.removeprefix("checkpoint-"))
+
+
+def test_a_slice_ends_by_the_clock(options: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Two seconds are less than these epochs take, and more than one step does."""
+    given = options | {"num_train_epochs": 2000, "output_dir": tmp_path / "out", "save_strategy": "no"}
+    with pytest.raises(SystemExit) as stopped:
+        run_here("paper_cifar100", **given, minutes=2 / 60)
+    assert stopped.value.code == 0
+    step = step_of(tmp_path / "out")
+    assert 0 < step < 8000
+    assert f"Out of time at step {step} of 8000: the same command goes on from there." in capsys.readouterr().out
+    assert json.loads((tmp_path / f"out/checkpoint-{step}/trainer_state.json").read_text())["global_step"] == step
+
+
+def test_what_is_harmless_may_differ_when_a_training_goes_on(
+    options: dict[str, Any], begun: Path, tmp_path: Path
+) -> None:
+    folder = copy(begun, tmp_path)
+    assert step_of(folder) == 1
+    changes = {"logging_steps": 3, "per_device_eval_batch_size": 60, "disable_tqdm": True, "save_total_limit": 2}
+    changes |= {"dataloader_num_workers": 1, "run_name": "again", "save_strategy": "steps", "save_steps": 4}
+    results = run_here("paper_cifar100", **options | changes, output_dir=folder)
+    assert results["resumed_from"] == str(folder / "checkpoint-1")
+    run_here("paper_cifar100", **options, output_dir=tmp_path / "whole")
+    resumed = weights(folder)
+    for name, value in weights(tmp_path / "whole").items():
+        assert torch.equal(value, resumed[name]), name
+
+
+def test_another_number_of_processes_is_refused(options: dict[str, Any], begun: Path, tmp_path: Path) -> None:
+    folder = copy(begun, tmp_path)
+    file = folder / "training.json"
+    settings = json.loads(file.read_text())
+    assert settings["processes"] == 1
+    file.write_text(json.dumps(settings | {"processes": 2}))
+    with pytest.raises(SystemExit, match="out holds a training with processes 2 and not 1: start that one"):
+        run_here("paper_cifar100", **options, output_dir=folder)
+
+
+def test_checkpoints_of_another_recipe_are_refused(options: dict[str, Any], begun: Path, tmp_path: Path) -> None:
+    folder = copy(begun, tmp_path)
+    (folder / "training.json").unlink()
+    with pytest.raises(SystemExit, match=r"out holds a training that paper_cifar100.py did not begin: choose another"):
+        run_here("paper_cifar100", **options, output_dir=folder)
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "model.safetensors"])
+def test_a_checkpoint_with_half_a_file_is_named(
+    name: str, options: dict[str, Any], begun: Path, tmp_path: Path
+) -> None:
+    folder = copy(begun, tmp_path)
+    file = folder / "checkpoint-1" / name
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    with pytest.raises(SystemExit, match=rf"{name} is not whole: remove .*out/checkpoint-1; the training goes on"):
+        run_here("paper_cifar100", **options, output_dir=folder)
+    shutil.rmtree(folder / "checkpoint-1")
+    assert run_here("paper_cifar100", **options, output_dir=folder)["resumed_from"] is None
+
+
+def test_a_checkpoint_to_resume_from_is_one(options: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match=r"missing has no trainer_state.json: name a folder checkpoint-N, or 'last'"):
+        run_here("paper_cifar100", **options, output_dir=tmp_path / "o", resume_from_checkpoint=tmp_path / "missing")
+
+
+def test_a_finished_run_keeps_its_results(
+    options: dict[str, Any], begun: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = copy(begun, tmp_path)
+    run_here("paper_cifar100", **options, output_dir=folder)
+    accuracy = capsys.readouterr().out.splitlines()[-1]
+    assert accuracy.startswith("Accuracy: last epoch ")
+    before = {file: file.stat().st_mtime_ns for file in folder.rglob("*") if file.is_file()}
+    run_here("paper_cifar100", **options, output_dir=folder)
+    assert {file: file.stat().st_mtime_ns for file in folder.rglob("*") if file.is_file()} == before
+    told = capsys.readouterr().out.splitlines()
+    assert told[-2:] == [f"The training in {folder} is done: its results stay as they are.", accuracy]
+    (folder / "results.json").unlink()  # a run that was stopped while it wrote them
+    assert run_here("paper_cifar100", **options, output_dir=folder)["metrics"]["test"]
+
+
+def test_a_state_tells_whether_a_training_is_finished(tmp_path: Path) -> None:
+    finished = recipe("paper_folders").finished
+    assert not finished(str(tmp_path))
+    for text, done in (("", False), ('{"global_step": 8', False), ('{"global_step": 3, "max_steps": 8}', False),
+                       ('{"global_step": 8, "max_steps": 8}', True)):  # fmt: skip
+        (tmp_path / "trainer_state.json").write_text(text)
+        assert finished(str(tmp_path)) is done
