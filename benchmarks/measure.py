@@ -94,9 +94,11 @@ def peak_own_memory(case: Case) -> int:
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    case()
-    over.set()
-    watcher.join()
+    try:
+        case()
+    finally:
+        over.set()
+        watcher.join()
     return max(seen) - seen[0]
 
 

@@ -25,7 +25,7 @@ _SHARED_OUT = 2**15
 _WIDEST_ODDS = 60.0
 # The logarithm of a mass of 0 would be a warning; of this one it marks the row as wide.
 _LEAST_MASS = 1e-37
-# Of a row's largest logit and T: beyond, rounding the quotients would cost more digits than the other steps do.
+# Of a row's largest logit and T, whose quotient is rounded: beyond, the row is first brought down to 0.
 _LARGEST_QUOTIENT = 128.0
 
 

@@ -67,7 +67,7 @@ def _target_and_rest(
         slope += of_hard.unsqueeze(1) * hard_others.exp()
         at_target -= of_hard
     slope.scatter_(1, labels.unsqueeze(1), at_target.unsqueeze(1))
-    return numbers, slope * (scale.reshape(-1, 1) if isinstance(scale, Tensor) else scale)
+    return numbers, slope * (scale.to(slope).reshape(-1, 1) if isinstance(scale, Tensor) else scale)
 
 
 def _groups(
