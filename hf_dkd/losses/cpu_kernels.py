@@ -74,10 +74,11 @@ def row_pass(
 
 
 def _array(logits: Tensor, rows: Any, dtype: torch.dtype) -> _Array:
-    if logits.dtype == dtype and isinstance(rows, slice):
-        return logits.resolve_neg().numpy()[rows]
-    rows = rows if isinstance(rows, slice) else torch.from_numpy(rows)
-    return logits[rows].to(dtype).resolve_neg().numpy()
+    return logits[_index(rows)].to(dtype).resolve_neg().numpy()
+
+
+def _index(rows: Any) -> Any:
+    return rows if isinstance(rows, slice) else torch.from_numpy(rows)
 
 
 def _write(gradient: Tensor, rows: Any, slope: _Array) -> None:
@@ -87,7 +88,7 @@ def _write(gradient: Tensor, rows: Any, slope: _Array) -> None:
         # long.
         gradient.numpy()[rows] = slope
         return
-    gradient[rows if isinstance(rows, slice) else torch.from_numpy(rows)] = made.to(gradient.dtype)
+    gradient[_index(rows)] = made.to(gradient.dtype)
 
 
 def _among(number: int, chosen: _Array, values: _Array) -> _Array:
