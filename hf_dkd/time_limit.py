@@ -4,7 +4,7 @@ import json
 import os
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
@@ -30,6 +30,20 @@ def last_checkpoint(output_dir: str | os.PathLike[str]) -> str | None:
     return None
 
 
+def stop_script(told: str) -> NoReturn:
+    """End all processes of a script together, after one line about it.
+
+    Raises:
+        SystemExit: with code 0.
+    """
+    processes = PartialState()
+    if processes.is_main_process:
+        print(told, flush=True)
+    processes.wait_for_everyone()
+    processes.destroy_process_group()
+    raise SystemExit(0)
+
+
 class TimeLimit(TrainerCallback):
     """Writes a checkpoint once the time is over, and ends the script; training resumes from there when started again.
 
@@ -50,30 +64,30 @@ class TimeLimit(TrainerCallback):
         self.end = time.monotonic() + 60 * minutes
         self.over = False
 
+    def is_over(self) -> bool:
+        """Whether the time is over; of several processes, which must all ask, the main one's clock tells."""
+        over = [time.monotonic() >= self.end]
+        if PartialState().num_processes > 1:
+            broadcast_object_list(over)
+        return over[0]
+
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         # After the last step of an epoch its evaluation comes first: no run that resumes there would make up for it.
         ends_epoch = state.epoch is not None and float(state.epoch).is_integer()
         if not ends_epoch and (args.world_size == 1 or state.global_step % _STEPS_BETWEEN_LOOKS == 0):
-            self._look(args, state, control)
+            self._look(state, control)
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._look(args, state, control)
+        self._look(state, control)
 
-    def _look(self, args: TrainingArguments, state: TrainerState, control: TrainerControl) -> None:
-        over = [time.monotonic() >= self.end]
-        if args.world_size > 1:  # clocks differ
-            broadcast_object_list(over)
-        if over[0] and state.global_step < state.max_steps:
+    def _look(self, state: TrainerState, control: TrainerControl) -> None:
+        if self.is_over() and state.global_step < state.max_steps:
             self.over = control.should_save = True
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if not self.over:
-            return
-        processes = PartialState()
-        if processes.is_main_process:
-            print(f"Out of time at step {state.global_step} of {state.max_steps}: the same command goes on from there.")
-        processes.wait_for_everyone()
-        processes.destroy_process_group()
-        raise SystemExit(0)
+        if self.over:
+            stop_script(
+                f"Out of time at step {state.global_step} of {state.max_steps}: the same command goes on from there."
+            )

@@ -21,12 +21,12 @@ import torch
 from accelerate import PartialState
 from common import fail, parse
 from paper_data import load
-from paper_folders import checkpoint_to_resume, finished, reserve
+from paper_folders import checkpoint_to_resume, finished, kept_for
 from paper_options import PaperArguments, PaperTrainingArguments, is_harmless, refuse_what_is_not_followed
 from paper_presets import PAIRS
 from paper_teacher import load_teacher, make_ready, teacher_path
 from paper_trainer import PaperTrainer, make_model, make_trainer
-from transformers import AutoModelForImageClassification, TrainerCallback, set_seed
+from transformers import AutoModelForImageClassification, set_seed
 
 from hf_dkd.time_limit import TimeLimit
 
@@ -34,17 +34,17 @@ ARGUMENTS = (PaperArguments, PaperTrainingArguments)
 
 
 def build(
-    data: PaperArguments, args: PaperTrainingArguments, callbacks: list[TrainerCallback] | None = None
+    data: PaperArguments, args: PaperTrainingArguments, limit: TimeLimit | None = None
 ) -> tuple[PaperTrainer, dict[str, Any]]:
     """The trainer of the student, whose teacher is trained first if need be, and the splits.
 
     Raises:
         SystemExit: with one line, where data, teacher or student cannot be loaded or do not fit each other, and where
-            the teacher's folder is kept for another one; with code 0 where a `TimeLimit` ends the teacher's training.
+            the teacher's folder is kept for another one; with code 0 where the time ends before there is a teacher.
     """
     images, teacher, path = load(data, args), None, teacher_path(data, args)
     if args.distils or args.eval_with_teacher:
-        make_ready(path, images, data, args, callbacks or [])
+        make_ready(path, images, data, args, limit)
         teacher = load_teacher(path, images, args)
     set_seed(args.seed)
     start = data.student_model_name_or_path
@@ -52,7 +52,7 @@ def build(
         auto = AutoModelForImageClassification
         model = make_model(PAIRS[args.pair].student, images.names) if start is None else auto.from_pretrained(start)
     args.teacher_model_name_or_path = None  # it is loaded
-    trainer = make_trainer(model, images, args, callbacks or [], teacher)
+    trainer = make_trainer(model, images, args, [limit] if limit else [], teacher)
     args.teacher_model_name_or_path = path  # for results.json
     return trainer, images.splits
 
@@ -75,14 +75,15 @@ def main() -> None:
     if args.torch_compile or args.teacher_compile:  # the last batch of an epoch is smaller: it is compiled apart
         torch._dynamo.config.automatic_dynamic_shapes = False
     learned = {name: value for name, value in settings.items() if not is_harmless(name)}
-    reserve(args.output_dir, learned | {"processes": args.world_size})
-    if finished(args.output_dir) and (output / "results.json").exists():
-        PartialState().print(f"The training in {output} is done: its results stay as they are.")
-    else:
-        args.resume_from_checkpoint = checkpoint_to_resume(args.output_dir, args.resume_from_checkpoint)
-        trainer, splits = build(data, args, [TimeLimit(data.minutes)] if data.minutes else [])
-        dataset = data.train_file or data.dataset_name
-        common.run(trainer, splits, settings, primary="accuracy", tasks="image-classification", dataset=dataset)
+    limit = TimeLimit(data.minutes) if data.minutes else None
+    with kept_for(args.output_dir, learned | {"processes": args.world_size}, limit):
+        if finished(args.output_dir) and (output / "results.json").exists():
+            PartialState().print(f"The training in {output} is done: its results stay as they are.")
+        else:
+            args.resume_from_checkpoint = checkpoint_to_resume(args.output_dir, args.resume_from_checkpoint)
+            trainer, splits = build(data, args, limit)
+            dataset = data.train_file or data.dataset_name
+            common.run(trainer, splits, settings, primary="accuracy", tasks="image-classification", dataset=dataset)
     if args.process_index == 0:
         last, best, epoch = accuracies(json.loads((output / "trainer_state.json").read_text())["log_history"])
         print(f"Accuracy: last epoch {100 * last:.2f} %, best epoch {100 * best:.2f} % (epoch {epoch:g}).")

@@ -14,7 +14,7 @@ from common import fail
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 
-from hf_dkd.time_limit import last_checkpoint
+from hf_dkd.time_limit import TimeLimit, last_checkpoint, stop_script
 
 
 def finished(folder: str) -> bool:
@@ -70,10 +70,17 @@ def on_main(ask: Callable[[], bool]) -> bool:
 
 
 @contextmanager
-def alone_in(folder: str) -> Iterator[None]:
-    """Wait until no other run trains in the folder, and keep others waiting; the lock vanishes with its process."""
+def kept_for(folder: str, settings: dict[str, Any], limit: TimeLimit | None = None) -> Iterator[None]:
+    """Keep the folder for a training with these settings, while no other run trains there; the lock ends with its run.
+
+    Raises:
+        SystemExit: with one line, where the folder is kept for another training; with code 0 where the time ends while
+            another run trains there.
+    """
+    refuse_another(folder, settings, free={"processes"})  # without waiting
     Path(folder).mkdir(parents=True, exist_ok=True)
-    lock, waits = FileLock(Path(folder, "training.lock")), False
+    # Trainer pushes no file whose name begins so.
+    lock, waits = FileLock(Path(folder, "_training.lock")), False
 
     def acquired() -> bool:
         try:
@@ -83,10 +90,13 @@ def alone_in(folder: str) -> Iterator[None]:
         return True
 
     while not on_main(acquired):  # in turns: a process group does not wait for hours
+        if limit and limit.is_over():
+            stop_script(f"Out of time, as another run trains in {folder}: the same command goes on from there.")
         if not waits and PartialState().is_main_process:
             print(f"Waiting for another run, which trains in {folder}.", flush=True)
         waits = True
     try:
+        reserve(folder, settings)
         yield
     finally:
         lock.release()

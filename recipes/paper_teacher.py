@@ -10,13 +10,14 @@ from accelerate import PartialState
 from cifar_models import ARCHITECTURES, config_of
 from common import fail
 from paper_data import Images
-from paper_folders import alone_in, checkpoint_to_resume, finished, on_main, refuse_another, reserve
+from paper_folders import checkpoint_to_resume, finished, kept_for, on_main, refuse_another
 from paper_options import HARMLESS, HARMLESS_BEGINNINGS, PaperArguments, PaperTrainingArguments
 from paper_presets import CIFAR, PAIRS, TEACHER_LEARNING_RATE
 from paper_trainer import make_model, make_trainer
 from transformers import AutoModelForImageClassification, TrainerCallback, set_seed
 
 from hf_dkd import Teacher
+from hf_dkd.time_limit import TimeLimit
 
 # What a teacher learns from.
 _IMAGES = (
@@ -61,20 +62,19 @@ def teacher_settings(data: PaperArguments, args: PaperTrainingArguments) -> dict
 
 
 def make_ready(
-    folder: str, images: Images, data: PaperArguments, args: PaperTrainingArguments, callbacks: list[TrainerCallback]
+    folder: str, images: Images, data: PaperArguments, args: PaperTrainingArguments, limit: TimeLimit | None
 ) -> None:
     """Train the teacher of a pair of CIFAR-100 in its folder, unless it is there; one run does, others wait."""
     if PAIRS[args.pair].schedule is not CIFAR or not on_main(lambda: is_of_this_recipe(folder)):
         return
     args = teacher_arguments(folder, args)
     settings = teacher_settings(data, args)
-    refuse_another(folder, settings, free={"processes"})  # without waiting
     if on_main(lambda: finished(folder)):
+        refuse_another(folder, settings)
         return
-    with alone_in(folder):
-        reserve(folder, settings)
+    with kept_for(folder, settings, limit):
         if not on_main(lambda: finished(folder)):
-            train(images, args, callbacks)
+            train(images, args, [limit] if limit else [])
 
 
 def is_of_this_recipe(folder: str) -> bool:

@@ -262,15 +262,14 @@ def test_slices_of_one_step_end_where_a_whole_run_ends(
     assert len(told[0]) == 2
 
 
-@pytest.mark.slow
 def test_a_slice_that_is_killed_ends_where_a_whole_run_ends(
     digits: dict[str, Any], teacher: str, tmp_path: Path
 ) -> None:
     options: dict[str, Any] = {**SMALL, **digits, "num_train_epochs": 4, "minutes": 2}
     options |= {"teacher_model_name_or_path": teacher, "save_strategy": "steps", "save_steps": 3}
-    launch("paper_cifar100.py", **options, output_dir=tmp_path / "whole")
+    run_here("paper_cifar100", **options, output_dir=tmp_path / "whole")
     kill_after_checkpoint("paper_cifar100.py", **options, output_dir=tmp_path / "killed")
-    results = launch("paper_cifar100.py", **options, output_dir=tmp_path / "killed")
+    results = run_here("paper_cifar100", **options, output_dir=tmp_path / "killed")
     assert results["resumed_from"]
     pair = [weights(tmp_path / name) for name in ("whole", "killed")]
     for name, value in pair[0].items():

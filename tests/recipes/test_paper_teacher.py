@@ -150,11 +150,11 @@ def test_the_students_folder_is_not_the_teachers(digits: dict[str, Any], tmp_pat
 # ---- Several runs at once ----
 
 
-def start(processes: int, folder: Path, **options: Any) -> subprocess.Popen[str]:
+def start(processes: int, folder: Path, log: str = "log", **options: Any) -> subprocess.Popen[str]:
     folder.mkdir(exist_ok=True)
     words = command("paper_cifar100.py", processes, **options, output_dir=folder / "out")
     return subprocess.Popen(
-        words, env=environment(), stdout=(folder / "log").open("w"), stderr=subprocess.STDOUT, text=True,
+        words, env=environment(), stdout=(folder / log).open("w"), stderr=subprocess.STDOUT, text=True,
         start_new_session=True,
     )  # fmt: skip
 
@@ -166,7 +166,7 @@ def test_a_run_waits_for_the_teacher_of_another(
     teacher = tmp_path / "teacher"
     options = SMALL | digits | {"teacher_model_name_or_path": teacher}
     teacher.mkdir()
-    lock, log = FileLock(teacher / "training.lock"), tmp_path / "two/log"
+    lock, log = FileLock(teacher / "_training.lock"), tmp_path / "two/log"
     lock.acquire()  # as a run does while it trains there
     second = start(processes, tmp_path / "two", **options)
     try:
@@ -200,3 +200,27 @@ def test_the_lock_goes_with_a_killed_run(digits: dict[str, Any], tmp_path: Path)
     results = launch("paper_cifar100.py", **options, output_dir=tmp_path / "two")
     assert results["metrics"]["test"]
     assert json.loads((tmp_path / "teacher/trainer_state.json").read_text())["epoch"] == 15
+
+
+def test_two_runs_in_one_folder_take_turns(digits: dict[str, Any], tmp_path: Path) -> None:
+    options = SMALL | digits | {"dkd_alpha": 0, "dkd_beta": 0}
+    runs = [start(1, tmp_path, **options, log=name) for name in ("one", "two")]
+    assert [run.wait(timeout=300) for run in runs] == [0, 0]
+    logs = [(tmp_path / name).read_text() for name in ("one", "two")]
+    assert sorted("Wrote the model" in log for log in logs) == [False, True]
+    assert sorted(f"The training in {tmp_path / 'out'} is done" in log for log in logs) == [False, True]
+
+
+@pytest.mark.parametrize("folder", ["teacher", "out"])
+def test_a_run_that_waits_ends_by_the_clock(
+    folder: str, digits: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = SMALL | digits | {"teacher_model_name_or_path": tmp_path / "teacher", "output_dir": tmp_path / "out"}
+    (tmp_path / folder).mkdir()
+    with FileLock(tmp_path / folder / "_training.lock"), pytest.raises(SystemExit) as stopped:
+        run_here("paper_cifar100", **options, minutes=1 / 60)
+    assert stopped.value.code == 0
+    told = capsys.readouterr().out
+    assert f"Out of time, as another run trains in {tmp_path / folder}: the same command goes on from there." in told
+    results = run_here("paper_cifar100", **options)
+    assert results["metrics"]["test"]
