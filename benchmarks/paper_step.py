@@ -34,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
 from cifar_models import config_of
 from paper_options import PaperTrainingArguments
 from paper_presets import PAIRS
-from paper_trainer import PaperTrainer
+from paper_trainer import PaperTrainer, settle_compilation
 
 BATCH_SIZE, UNTIMED_STEPS = 64, 3
 BARE, OURS, OURS_KD = "bare loop", "DKDTrainer", "DKDTrainer, kd"
@@ -144,11 +144,13 @@ def main() -> None:
     set_verbosity_error()
     logging.getLogger("hf_dkd").setLevel(logging.ERROR)
 
-    torch._dynamo.config.automatic_dynamic_shapes = False  # as in the recipe
+    settle_compilation()  # as in the recipe
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     data = images(arguments.steps or (200 if device.type == "cuda" else 13), device)
     sections, measured, goals = {}, {}, []
     for pair in arguments.pairs:
+        torch._dynamo.reset()
         with tempfile.TemporaryDirectory() as output:
             shared = pair, data, device, arguments.bf16, arguments.compile
             turns: dict[str, Any] = {

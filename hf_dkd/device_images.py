@@ -95,7 +95,8 @@ class DeviceImages(torch.utils.data.Dataset):
         self._draw()
         at = torch.tensor(indices)
         if self.labels.is_cuda:  # out of pinned memory the host need not wait for the copy
-            at = at.pin_memory().to(self.labels.device, non_blocking=True)
+            at = at.pin_memory()
+        at = at.to(self.labels.device, non_blocking=self.labels.is_cuda)
         rows, columns = (
             offset[at].unsqueeze(1) + torch.arange(length, device=at.device)
             for offset, length in ((self._top, self.height), (self._left, self.width))

@@ -20,8 +20,12 @@ def last_checkpoint(output_dir: str | os.PathLike[str]) -> str | None:
     `transformers.trainer_utils.get_last_checkpoint` also returns one whose writing was interrupted, from which no
     training resumes: `trainer_state.json` is what Trainer writes last.
     """
-    states = Path(output_dir).glob("checkpoint-*/trainer_state.json")
-    for file in sorted(states, key=lambda file: int(file.parent.name.rpartition("-")[2]), reverse=True):
+    steps = {
+        int(file.parent.name.removeprefix("checkpoint-")): file
+        for file in Path(output_dir).glob("checkpoint-*/trainer_state.json")
+        if file.parent.name.removeprefix("checkpoint-").isdecimal()
+    }
+    for _, file in sorted(steps.items(), reverse=True):
         try:
             json.loads(file.read_text(encoding="utf-8"))
         except ValueError:  # empty, or cut off

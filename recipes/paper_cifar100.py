@@ -17,15 +17,14 @@ from pathlib import Path
 from typing import Any
 
 import common
-import torch
 from accelerate import PartialState
 from common import fail, parse
 from paper_data import load
 from paper_folders import checkpoint_to_resume, finished, kept_for
 from paper_options import PaperArguments, PaperTrainingArguments, is_harmless, refuse_what_is_not_followed
 from paper_presets import PAIRS
-from paper_teacher import load_teacher, make_ready, teacher_path
-from paper_trainer import PaperTrainer, make_model, make_trainer
+from paper_teacher import check_classes, load_teacher, make_ready, teacher_path
+from paper_trainer import PaperTrainer, make_model, make_trainer, settle_compilation
 from transformers import AutoModelForImageClassification, set_seed
 
 from hf_dkd.time_limit import TimeLimit
@@ -51,6 +50,7 @@ def build(
     with common.loading("student", start):
         auto = AutoModelForImageClassification
         model = make_model(PAIRS[args.pair].student, images.names) if start is None else auto.from_pretrained(start)
+        check_classes(f"the student {start}", model.config, images)
     args.teacher_model_name_or_path = None  # it is loaded
     trainer = make_trainer(model, images, args, [limit] if limit else [], teacher)
     args.teacher_model_name_or_path = path  # for results.json
@@ -72,11 +72,17 @@ def main() -> None:
     output, teacher = Path(args.output_dir), teacher_path(data, args)
     if output.resolve() == Path(teacher).resolve():
         fail(f"{output} is for the student, and the teacher's too: choose another folder with --output_dir.")
-    if args.torch_compile or args.teacher_compile:  # the last batch of an epoch is smaller: it is compiled apart
-        torch._dynamo.config.automatic_dynamic_shapes = False
+    if args.n_gpu > 1:
+        fail(
+            f"one process sees {args.n_gpu} GPUs, to each of which Trainer would give a whole batch: hide all but one, "
+            f"CUDA_VISIBLE_DEVICES=0, or start one process for each, accelerate launch --num_processes {args.n_gpu}."
+        )
+    if args.torch_compile or args.teacher_compile:
+        settle_compilation()
     learned = {name: value for name, value in settings.items() if not is_harmless(name)}
     limit = TimeLimit(data.minutes) if data.minutes else None
-    with kept_for(args.output_dir, learned | {"processes": args.world_size}, limit):
+    learned |= {"processes": args.world_size, "mixed_precision": args.mixed_precision}
+    with kept_for(args.output_dir, learned, limit):
         if finished(args.output_dir) and (output / "results.json").exists():
             PartialState().print(f"The training in {output} is done: its results stay as they are.")
         else:

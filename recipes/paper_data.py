@@ -1,5 +1,6 @@
 """The images of `paper_cifar100.py`: those of CIFAR-100 stay on the device, those of ImageNet are read when needed."""
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -8,6 +9,7 @@ from datasets import DatasetDict
 from paper_options import PaperArguments, PaperTrainingArguments
 from paper_presets import CIFAR, PAIRS
 from PIL import ImageOps
+from PIL.Image import Resampling
 from transformers import ConvNextImageProcessorPil, ViTImageProcessorPil
 from vit_cifar100 import load_images
 
@@ -85,13 +87,15 @@ def noisy(labels: torch.Tensor, classes: int, share: float, seed: int) -> torch.
 
 
 def imagenet_images(rows: DatasetDict, names: list[str], args: PaperTrainingArguments) -> Images:
-    """In training 224 × 224 pixels of a random part of the image, otherwise of its middle (224 out of 256)."""
+    """In training 224 × 224 pixels of a random part of the image, otherwise of its middle (of 256), bilinear."""
 
     def middle(batch: dict[str, Any]) -> dict[str, Any]:
-        return batch | {"image": [ImageOps.fit(image, (224, 224), bleed=1 / 16) for image in batch["image"]]}
+        fit = partial(ImageOps.fit, size=(224, 224), method=Resampling.BILINEAR, bleed=1 / 16)
+        return batch | {"image": [fit(image) for image in batch["image"]]}
 
     views = AugmentationArguments(random_crop_padding=0, random_resized_crop=224, rand_augment_layers=0)
     splits: dict[str, Any] = {name: split.with_transform(middle) for name, split in rows.items()}
     splits["train"] = AugmentedImages(rows["train"], views, args.seed)
     collator = ImageCollator(ViTImageProcessorPil(size={"height": 224, "width": 224}, **IMAGENET_COLOURS))
-    return Images(splits, collator, ConvNextImageProcessorPil(size={"shortest_edge": 224}, **IMAGENET_COLOURS), names)
+    processor = ConvNextImageProcessorPil(size={"shortest_edge": 224}, resample=Resampling.BILINEAR, **IMAGENET_COLOURS)
+    return Images(splits, collator, processor, names)

@@ -16,6 +16,9 @@ from safetensors import SafetensorError, safe_open
 
 from hf_dkd.time_limit import TimeLimit, last_checkpoint, stop_script
 
+# Where runs of one training may differ once it is finished, and not before.
+HOW_IT_RUNS = frozenset({"processes", "mixed_precision"})
+
 
 def finished(folder: str) -> bool:
     """Whether a training came to its end there, by the state that is written after the weights."""
@@ -30,19 +33,20 @@ def _has_begun(folder: str) -> bool:
     return bool(last_checkpoint(folder)) or Path(folder, "trainer_state.json").exists()
 
 
-def refuse_another(folder: str, settings: dict[str, Any], free: Set[str] = frozenset()) -> None:
+def refuse_another(folder: str, settings: dict[str, Any], free: Set[str] = frozenset(), held: bool = False) -> None:
     """Stop with one line where the folder holds a training with other settings, or one that is not of this recipe.
 
-    Its checkpoints would be taken for those of this training. The settings in `free` may be others.
+    Its checkpoints would be taken for those of this training. The settings in `free` may be others. `held` says that
+    another run trains there, which may not have written a checkpoint yet.
     """
     file, settings = Path(folder, "training.json"), json.loads(json.dumps(settings, default=str))
-    if not _has_begun(folder):
+    if not _has_begun(folder) and not (held and file.exists()):
         return
     if not file.exists():
         fail(f"{folder} holds a training that paper_cifar100.py did not begin: choose another folder.")
     there = json.loads(file.read_text())
     changed = {name for name in there | settings if there.get(name) != settings.get(name)}
-    changed -= free | ({"processes"} if finished(folder) else set())  # nothing is trained any more
+    changed -= free | (HOW_IT_RUNS if finished(folder) else set())  # nothing is trained any more
     if changed:
         differences = ", ".join(f"{name} {there.get(name)} and not {settings.get(name)}" for name in sorted(changed))
         fail(f"{folder} holds a training with {differences}: start that one, choose another folder, or remove it.")
@@ -77,7 +81,7 @@ def kept_for(folder: str, settings: dict[str, Any], limit: TimeLimit | None = No
         SystemExit: with one line, where the folder is kept for another training; with code 0 where the time ends while
             another run trains there.
     """
-    refuse_another(folder, settings, free={"processes"})  # without waiting
+    refuse_another(folder, settings, free=HOW_IT_RUNS)  # without waiting
     Path(folder).mkdir(parents=True, exist_ok=True)
     # Trainer pushes no file whose name begins so.
     lock, waits = FileLock(Path(folder, "_training.lock")), False
@@ -90,6 +94,7 @@ def kept_for(folder: str, settings: dict[str, Any], limit: TimeLimit | None = No
         return True
 
     while not on_main(acquired):  # in turns: a process group does not wait for hours
+        refuse_another(folder, settings, free=HOW_IT_RUNS, held=True)
         if limit and limit.is_over():
             stop_script(f"Out of time, as another run trains in {folder}: the same command goes on from there.")
         if not waits and PartialState().is_main_process:

@@ -79,6 +79,10 @@ class PaperTrainingArguments(DKDTrainingArguments):
             if getattr(self, name) is None:
                 setattr(self, name, value)
         super().__post_init__()
+        if self.kd_warmup and self.distillation != "kd":
+            raise ValueError(
+                f"kd_warmup is for kd, and distillation is {self.distillation}, which warms up: leave it out."
+            )
 
 
 # What the trainer does not follow, and what to do instead.

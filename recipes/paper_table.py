@@ -23,7 +23,8 @@ from scipy.stats import ttest_1samp
 _FREE = {
     "pair", "seed", "distillation", "num_train_epochs", "teacher_model_name_or_path", "teacher_epochs", "dataset_name",
     "dataset_config_name", "train_file", "test_file", "image_column_name", "label_column_name", "bf16", "fp16", "tf32",
-    "torch_compile", "teacher_compile", "use_cpu",
+    "torch_compile", "torch_compile_backend", "torch_compile_mode", "teacher_compile", "use_cpu", "full_determinism",
+    "ddp_backend", "ddp_timeout",
 }  # fmt: skip
 # With one of these the teacher has another accuracy too.
 _OTHER_TEACHER = (
@@ -70,6 +71,12 @@ def read(folder: Path, method: str | None, seconds: float | None = None) -> Run:
     return Run(100 * last, 100 * best, state["epoch"], seconds, method)
 
 
+def was_evaluated(folder: Path) -> bool:
+    """Whether a teacher's folder tells accuracies, as those of `paper_cifar100.py` do."""
+    state = folder / "trainer_state.json"
+    return state.exists() and any("eval_accuracy" in entry for entry in json.loads(state.read_text())["log_history"])
+
+
 def find(folders: list[str]) -> dict[tuple[str, str, str], list[Run]]:
     """Runs in the folders and below, by pair, name and the folder that seeds share, and the teachers that they had."""
     found: dict[tuple[str, str, str], list[Run]] = defaultdict(list)
@@ -84,9 +91,10 @@ def find(folders: list[str]) -> dict[tuple[str, str, str], list[Run]]:
         seconds = None if results["resumed_from"] else results["training_seconds"]  # those of the last slice
         found[pair, group.name, str(group)].append(read(folder, method_of(settings), seconds))
         changed = any(name in settings for name in _OTHER_TEACHER)
-        teachers[Path(settings["teacher_model_name_or_path"]).resolve()] = pair, None if changed else "teacher"
+        if "teacher_model_name_or_path" in settings:
+            teachers[Path(settings["teacher_model_name_or_path"]).resolve()] = pair, None if changed else "teacher"
     for folder, (pair, method) in teachers.items():
-        if (folder / "trainer_state.json").exists():
+        if was_evaluated(folder):
             found[pair, f"teacher {folder.name}", str(folder)].append(read(folder, method))
     return found
 

@@ -58,7 +58,8 @@ def teacher_settings(data: PaperArguments, args: PaperTrainingArguments) -> dict
     processes = PartialState().num_processes
     own: dict[str, Any] = {"teacher": PAIRS[args.pair].teacher, "teacher_epochs": args.num_train_epochs}
     own |= {"max_steps": args.max_steps, "batch_size": args.per_device_train_batch_size * processes}
-    return own | {"processes": processes} | {name: getattr(data, name) for name in _IMAGES}
+    own |= {"processes": processes, "mixed_precision": args.mixed_precision}
+    return own | {name: getattr(data, name) for name in _IMAGES}
 
 
 def make_ready(
@@ -99,21 +100,26 @@ def train(images: Images, args: PaperTrainingArguments, callbacks: list[TrainerC
 
 
 def load_teacher(path: str, images: Images, args: PaperTrainingArguments) -> Teacher:
-    """The teacher, whose classes are those of the data; ImageNet's have other names on the Hub, in the same order."""
+    """The teacher, whose classes are the data's; ImageNet's have other names on the Hub, in the same order."""
     with common.loading("teacher", path):
         options: Any = args.teacher_model_init_kwargs or {}
         model = AutoModelForImageClassification.from_pretrained(path, revision=args.teacher_model_revision, **options)
         check_config(path, model.config, images, args)
-        return Teacher(model, label_names=images.names)
+        return Teacher(model, label_names=None if PAIRS[args.pair].schedule is CIFAR else images.names)
+
+
+def check_classes(name: str, config: Any, images: Images) -> None:
+    """Stop with one line for a model of other classes than the data's."""
+    if config.num_labels != len(images.names):
+        fail(
+            f"{name} has {config.num_labels} classes and the data {len(images.names)}: give one that was trained on "
+            "this data."
+        )
 
 
 def check_config(path: str, config: Any, images: Images, args: PaperTrainingArguments) -> None:
     """Stop with one line for a teacher of other classes than the data's, or of another architecture than the pair's."""
-    if config.num_labels != len(images.names):
-        fail(
-            f"the teacher {path} has {config.num_labels} classes and the data {len(images.names)}: give one that "
-            "was trained on this data with --teacher FOLDER."
-        )
+    check_classes(f"the teacher {path}", config, images)
     name = PAIRS[args.pair].teacher
     if name not in ARCHITECTURES or args.other_teacher:
         return

@@ -7,7 +7,8 @@ from cifar_models import config_of
 from paper_data import Images
 from paper_presets import IMAGENET_STUDENTS, PAIRS
 from torch.optim.lr_scheduler import MultiStepLR
-from transformers import AutoConfig, AutoModelForImageClassification, TrainerCallback
+from transformers import AutoConfig, AutoModelForImageClassification, TrainerCallback, TrainerState
+from transformers.trainer_utils import TrainOutput
 
 from hf_dkd import DKDTrainer
 from hf_dkd.images import CountEpochs
@@ -29,6 +30,31 @@ class PaperTrainer(DKDTrainer):
         milestones = [round(share * num_training_steps) for share in PAIRS[pair].schedule.milestones]
         self.lr_scheduler: Any = MultiStepLR(optimizer or self.optimizer, milestones)
         return self.lr_scheduler
+
+    def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
+        # From the end of half an epoch Trainer would go on for one step more.
+        state = resume_from_checkpoint and TrainerState.load_from_json(f"{resume_from_checkpoint}/trainer_state.json")
+        if not state or state.global_step < state.max_steps:
+            return super().train(resume_from_checkpoint, *args, **kwargs)
+        self._load_from_checkpoint(resume_from_checkpoint)
+        self.state = state
+        return TrainOutput(state.global_step, 0.0, {})
+
+    # Steps are so short here that it shows what Trainer does in each beside training.
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """Not told: Trainer's estimate walks all weights, and is one of transformers."""
+        return 0
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        """Not told where gradients are not clipped: Trainer would compute it, and scale them by 1."""
+        return grad_norm
+
+
+def settle_compilation() -> None:
+    """What `torch.compile` is to do with models that share one `forward`: compile each, in training and evaluation."""
+    torch._dynamo.config.automatic_dynamic_shapes = False  # the last batch of an epoch is smaller: it is compiled apart
+    torch._dynamo.config.recompile_limit = 64  # beyond 8, the default, the rest would run as it is without a word
 
 
 def make_model(name: str, labels: list[str]) -> Any:

@@ -22,6 +22,8 @@ def test_a_checkpoint_that_was_not_written_to_its_end_is_passed_over(tmp_path: P
         (tmp_path / "checkpoint-100/trainer_state.json").write_text(text)
         assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-20")
     (tmp_path / "checkpoint-100/trainer_state.json").write_text('{"global_step": 100}')
+    (tmp_path / "checkpoint-100-copy").mkdir()
+    (tmp_path / "checkpoint-100-copy/trainer_state.json").write_text('{"global_step": 100}')
     assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-100")
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from filelock import FileLock
 
 from .image_assets import save_parquet
 from .launching import recipe, run_here, weights
@@ -66,16 +67,6 @@ def test_what_is_harmless_may_differ_when_a_training_goes_on(
         assert torch.equal(value, resumed[name]), name
 
 
-def test_another_number_of_processes_is_refused(options: dict[str, Any], begun: Path, tmp_path: Path) -> None:
-    folder = copy(begun, tmp_path)
-    file = folder / "training.json"
-    settings = json.loads(file.read_text())
-    assert settings["processes"] == 1
-    file.write_text(json.dumps(settings | {"processes": 2}))
-    with pytest.raises(SystemExit, match="out holds a training with processes 2 and not 1: start that one"):
-        run_here("paper_cifar100", **options, output_dir=folder)
-
-
 def test_checkpoints_of_another_recipe_are_refused(options: dict[str, Any], begun: Path, tmp_path: Path) -> None:
     folder = copy(begun, tmp_path)
     (folder / "training.json").unlink()
@@ -115,6 +106,47 @@ def test_a_finished_run_keeps_its_results(
     assert told[-2:] == [f"The training in {folder} is done: its results stay as they are.", accuracy]
     (folder / "results.json").unlink()  # a run that was stopped while it wrote them
     assert run_here("paper_cifar100", **options, output_dir=folder)["metrics"]["test"]
+
+
+def test_a_training_of_half_an_epoch_does_not_go_on_beyond_its_end(options: dict[str, Any], tmp_path: Path) -> None:
+    given = options | {"num_train_epochs": 0.5, "output_dir": tmp_path / "out"}
+    results = run_here("paper_cifar100", **given)
+    before = weights(tmp_path / "out")
+    (tmp_path / "out/results.json").unlink()  # as one that was stopped while it was evaluated
+    again = run_here("paper_cifar100", **given)
+    assert again["metrics"]["test"]["accuracy"] == results["metrics"]["test"]["accuracy"]
+    assert step_of(tmp_path / "out") == 2
+    for name, value in weights(tmp_path / "out").items():
+        assert torch.equal(value, before[name]), name
+
+
+@pytest.mark.parametrize("name", ["processes", "mixed_precision"])
+def test_a_training_goes_on_as_it_began(name: str, options: dict[str, Any], begun: Path, tmp_path: Path) -> None:
+    folder = copy(begun, tmp_path)
+    file = folder / "training.json"
+    settings = json.loads(file.read_text())
+    assert settings[name] == {"processes": 1, "mixed_precision": "no"}[name]
+    there = {"processes": 2, "mixed_precision": "bf16"}[name]
+    file.write_text(json.dumps(settings | {name: there}))
+    with pytest.raises(SystemExit, match=f"out holds a training with {name} {there} and not {settings[name]}: start"):
+        run_here("paper_cifar100", **options, output_dir=folder)
+
+
+def test_another_training_is_refused_while_one_runs(options: dict[str, Any], begun: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    folder.mkdir()
+    shutil.copy(begun / "training.json", folder)  # as one that trains its teacher first
+    with FileLock(folder / "_training.lock"), pytest.raises(SystemExit, match="a training with seed None and not 3"):
+        run_here("paper_cifar100", **options, output_dir=folder, seed=3)
+
+
+def test_several_gpus_in_one_process_are_refused(
+    options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recipe("paper_options").PaperTrainingArguments, "n_gpu", 2)
+    with pytest.raises(SystemExit, match=r"one process sees 2 GPUs.*accelerate launch --num_processes 2"):
+        run_here("paper_cifar100", **options, output_dir=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_state_tells_whether_a_training_is_finished(tmp_path: Path) -> None:

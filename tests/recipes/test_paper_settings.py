@@ -184,6 +184,11 @@ def test_what_would_be_ignored_is_refused_first(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_warm_up_of_kd_is_for_kd(digits: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="kd_warmup is for kd, and distillation is dkd"):
+        built("paper_cifar100", **SMALL, **digits, kd_warmup=True, output_dir=tmp_path)
+
+
 def test_epochs_are_above_zero(digits: dict[str, Any], tmp_path: Path) -> None:
     said = complaint("paper_cifar100.py", **SMALL, **digits, output_dir=tmp_path / "out", num_train_epochs=0)
     assert "num_train_epochs is 0.0; expected a number above 0" in said

@@ -87,6 +87,14 @@ def test_equal_values_have_an_interval_without_a_word(recwarn: pytest.WarningsRe
     assert not recwarn.list
 
 
+def test_a_teacher_that_was_not_evaluated_is_left_out(tmp_path: Path) -> None:
+    write_run(tmp_path / "teacher", [])
+    (tmp_path / "teacher/results.json").unlink()
+    for name, teacher in (("dkd", {"teacher_model_name_or_path": str(tmp_path / "teacher")}), ("alone", {})):
+        write_run(tmp_path / "runs" / name, [0.7, 0.75], pair="resnet32x4-resnet8x4", **teacher)
+    assert {method for _, method, _ in recipe("paper_table").find([str(tmp_path / "runs")])} == {"dkd", "alone"}
+
+
 def test_figures_of_the_paper_do_not_stand_beside_another_teacher(tmp_path: Path) -> None:
     settings = {"pair": "resnet32x4-resnet8x4", "teacher_model_name_or_path": str(tmp_path / "teacher")}
     write_run(tmp_path / "teacher", [0.5, 0.79])

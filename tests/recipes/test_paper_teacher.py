@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from filelock import FileLock
-from transformers import AutoModelForImageClassification, HfArgumentParser
+from transformers import AutoConfig, AutoModelForImageClassification, HfArgumentParser
 
 from .image_assets import save_parquet
 from .launching import built, command, environment, launch, recipe, run_here, weights
@@ -129,6 +129,22 @@ def test_a_teacher_of_other_classes_is_refused(digits: dict[str, Any], tmp_path:
     teacher = untrained(tmp_path / "teacher", "resnet20", classes=7)
     with pytest.raises(SystemExit, match=r"teacher has 7 classes and the data 10: give one that was trained on this"):
         built("paper_cifar100", **SMALL, **digits, teacher_model_name_or_path=teacher, output_dir=tmp_path / "out")
+
+
+def test_a_student_of_other_classes_is_refused(digits: dict[str, Any], tmp_path: Path) -> None:
+    student = untrained(tmp_path / "student", "resnet8", classes=7)
+    with pytest.raises(SystemExit, match=r"the student .*student has 7 classes and the data 10: give one that was"):
+        built("paper_cifar100", **SMALL, **digits, student_model_name_or_path=student, dkd_alpha=0.0, dkd_beta=0.0)
+
+
+def test_classes_of_a_teacher_are_told_by_their_names(digits: dict[str, Any], tmp_path: Path) -> None:
+    teacher = untrained(tmp_path / "teacher", "resnet20")
+    config = AutoConfig.from_pretrained(teacher)
+    config.id2label = {number: str(9 - number) for number in range(10)}
+    config.label2id = {str(9 - number): number for number in range(10)}
+    config.save_pretrained(teacher)
+    trainer, _ = built("paper_cifar100", **SMALL, **digits, teacher_model_name_or_path=teacher, output_dir=tmp_path)
+    assert trainer.teacher.class_names == [str(9 - number) for number in range(10)]
 
 
 def test_a_folder_without_weights_is_told_as_what_it_is(digits: dict[str, Any], tmp_path: Path) -> None:
