@@ -29,8 +29,10 @@ class LanguageModelDistillation(DistillationSetup):
         return bool(getattr(self._config, "is_encoder_decoder", False)) and self._known_head is Head.LM
 
     def _teacher_autocast(self) -> Any:
+        if self._the_teacher.dtype == torch.float32:
+            return self.accelerator.autocast()
         # A teacher in half precision runs in its own: autocast to the other one cannot mix the two.
-        return self.accelerator.autocast(AutocastKwargs(enabled=self._the_teacher.dtype == torch.float32))
+        return self.accelerator.autocast(AutocastKwargs(enabled=False))
 
     @property
     def _parent_computes_loss(self) -> bool:
