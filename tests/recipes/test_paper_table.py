@@ -10,6 +10,30 @@ from scipy import stats
 
 from .launching import recipe
 
+ACCURACIES = {  # of the teacher, and of the student on labels alone, with KD and with DKD
+    "resnet56-resnet20": (72.34, 69.06, 70.66, 71.97),
+    "resnet110-resnet32": (74.31, 71.14, 73.08, 74.11),
+    "resnet32x4-resnet8x4": (79.42, 72.50, 73.33, 76.32),
+    "wrn_40_2-wrn_16_2": (75.61, 73.26, 74.92, 76.24),
+    "wrn_40_2-wrn_40_1": (75.61, 71.98, 73.54, 74.81),
+    "vgg13-vgg8": (74.64, 70.36, 72.98, 74.68),
+    "resnet32x4-shufflenet_v1": (79.42, 70.50, 74.07, 76.45),
+    "wrn_40_2-shufflenet_v1": (75.61, 70.50, 74.83, 76.70),
+    "vgg13-mobilenet_v2": (74.64, 64.60, 67.37, 69.71),
+    "resnet50-mobilenet_v2": (79.34, 64.60, 67.35, 70.35),
+    "resnet32x4-shufflenet_v2": (79.42, 71.82, 74.45, 77.07),
+    "resnet34-resnet18": (73.31, 69.75, 70.66, 71.70),
+    "resnet50-mobilenet_v1": (76.16, 68.87, 68.58, 72.05),
+}
+
+
+def test_figures_are_those_of_the_paper() -> None:
+    pairs = recipe("paper_presets").PAIRS
+    methods = ("teacher", "cross-entropy", "kd", "dkd")
+    told = {name: dict(pair.accuracy) for name, pair in pairs.items()}
+    wanted = {name: dict(zip(methods, figures, strict=True)) for name, figures in ACCURACIES.items()}
+    assert told == wanted | {"resnet20-resnet8": {}}
+
 
 @pytest.mark.parametrize(
     ("settings", "method"),
@@ -102,3 +126,25 @@ def test_figures_of_the_paper_do_not_stand_beside_another_teacher(tmp_path: Path
     write_run(tmp_path / "runs/dkd", [0.7, 0.75], **settings, other_teacher=True)
     found = recipe("paper_table").find([str(tmp_path / "runs")])
     assert {method: runs[0].method for (_, method, _), runs in found.items()} == {"dkd": None, "teacher teacher": None}
+
+
+def test_seconds_are_those_of_runs_that_trained_at_a_stretch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A resumed run knows those of its last slice alone."""
+    settings = {"pair": "resnet32x4-resnet8x4", "teacher_model_name_or_path": str(tmp_path / "teacher")}
+    for folder, seconds, start in (
+        ("dkd/seed-0", 10, None), ("dkd/seed-1", 14, None), ("dkd/seed-2", 3, "checkpoint-8"), ("kd", 5, "checkpoint-8")
+    ):  # fmt: skip
+        distillation = {"distillation": "kd"} if folder == "kd" else {}
+        write_run(tmp_path / "runs" / folder, [0.7, 0.75], **settings, **distillation)
+        file = tmp_path / "runs" / folder / "results.json"
+        results = json.loads(file.read_text()) | {"training_seconds": seconds, "resumed_from": start}
+        file.write_text(json.dumps(results))
+    words = ["paper_table.py", "--runs", str(tmp_path / "runs"), "--output_dir", str(tmp_path / "out")]
+    monkeypatch.setattr("sys.argv", words)
+    recipe("paper_table").main()
+    written = {row["method"]: row for row in json.loads((tmp_path / "out/table.json").read_text())}
+    assert {method: (row["runs"], row["seconds"]) for method, row in written.items()} == {
+        "dkd": (3, 12), "kd": (1, None),
+    }  # fmt: skip
+    ends = [line.rsplit("|", 2)[1].strip() for line in (tmp_path / "out/table.md").read_text().splitlines()]
+    assert ends == ["seconds", "---", "12", ""]
