@@ -57,6 +57,26 @@ def test_the_batch_is_divided_among_the_processes(
     assert arguments(str(tmp_path), pair=pair, use_cpu=True).per_device_train_batch_size == batch
 
 
+# ---- Losses ----
+
+
+@pytest.mark.parametrize(("pair", "beta"), [("resnet34-resnet18", 0.5), ("resnet50-mobilenet_v1", 2)])
+def test_imagenet_has_the_weights_and_the_warm_up_of_the_paper(pair: str, beta: float) -> None:
+    def settings(**options: Any) -> tuple[float, ...]:
+        """Cross-entropy's weight, α, β, temperature and epochs of warm-up."""
+        parser = HfArgumentParser(recipe("paper_cifar100").ARGUMENTS)
+        _, args = parser.parse_dict({"pair": pair, "use_cpu": True} | options)
+        assert args.dkd_warmup_staircase
+        numbers = args.ce_weight, args.dkd_alpha, args.dkd_beta, args.dkd_temperature
+        return *numbers, args.dkd_warmup_epochs, args.dkd_weight(1, 1000, 10)
+
+    # Last, the weight at the first of ten steps of an epoch: with the staircase that of the whole epoch.
+    assert settings() == (1, 1, beta, 1, 1, 1)
+    assert settings(num_train_epochs=400) == (1, 1, beta, 1, 4, 0.25)
+    assert settings(distillation="kd") == (0.5, 0.5, 1, 1, 0, 1)
+    assert settings(distillation="kd", kd_warmup=True, num_train_epochs=200) == (0.5, 0.5, 1, 1, 2, 0.5)
+
+
 # ---- Images ----
 
 

@@ -107,6 +107,29 @@ def test_labels_alone_need_no_teacher(digits: dict[str, Any], tmp_path: Path) ->
 # ---- Which one is taken ----
 
 
+@pytest.mark.parametrize(
+    ("options", "path"),
+    [
+        ({}, "outputs/teachers/resnet32x4"),
+        ({"pair": "wrn_40_2-shufflenet_v1"}, "outputs/teachers/wrn_40_2"),
+        ({"image_size": 16}, "outputs/teachers/resnet32x4-16px"),
+        ({"label_noise": 0.1}, "outputs/teachers/resnet32x4-noise0.1"),
+        ({"auto_augment": True}, "outputs/teachers/resnet32x4-auto_augment"),
+        (
+            {"image_size": 16, "label_noise": 0.25, "auto_augment": True, "pair": "resnet20-resnet8"},
+            "outputs/teachers/resnet20-16px-noise0.25-auto_augment",
+        ),
+        ({"image_size": 16, "label_noise": 0.1, "teacher_model_name_or_path": "mine"}, "mine"),
+        ({"pair": "resnet34-resnet18"}, "microsoft/resnet-34"),
+        ({"pair": "resnet50-mobilenet_v1", "label_noise": 0.1}, "microsoft/resnet-50"),
+        ({"pair": "resnet50-mobilenet_v1", "teacher_model_name_or_path": "mine"}, "mine"),
+    ],
+)
+def test_a_teacher_has_a_folder_for_each_kind_of_images(options: dict[str, Any], path: str) -> None:
+    parser = HfArgumentParser(recipe("paper_cifar100").ARGUMENTS)
+    assert recipe("paper_teacher").teacher_path(*parser.parse_dict(options | {"use_cpu": True})) == path
+
+
 def test_another_architecture_is_refused_unless_it_is_asked_for(digits: dict[str, Any], tmp_path: Path) -> None:
     options = SMALL | digits | {"output_dir": tmp_path / "out"}
     for name, words in (
