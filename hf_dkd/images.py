@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from accelerate.logging import get_logger
 from datasets import Dataset
-from PIL import ImageOps
 from PIL.Image import Image, Resampling, Transpose
 from transformers import TrainerCallback, ViTImageProcessorPil
 
@@ -77,7 +76,10 @@ def random_resized_crop(image: Image, size: int) -> Image:
             left = int(torch.randint(image.width - width + 1, ()))
             top = int(torch.randint(image.height - height + 1, ()))
             return image.resize((size, size), Resampling.BILINEAR, box=(left, top, left + width, top + height))
-    return ImageOps.fit(image, (size, size), Resampling.BILINEAR)
+    # An image too long for such parts: the longest one in its middle, as in torchvision.
+    width, height = min(image.width, round(image.height * 4 / 3)), min(image.height, round(image.width * 4 / 3))
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return image.resize((size, size), Resampling.BILINEAR, box=(left, top, left + width, top + height))
 
 
 def augment(image: Image, options: AugmentationArguments) -> Image:

@@ -1,8 +1,8 @@
 """The pairs of models and the settings of Zhao et al., Decoupled Knowledge Distillation (CVPR 2022), and its figures.
 
 Settings are those of the authors' code (megvii-research/mdistiller, configs). Accuracies are in per cent, on the test
-set. Those of DKD are of the best epoch, means over 5 runs (ImageNet: 3); the others were taken over from the authors of
-the benchmark (HobbitLong/RepDistiller), who report the last epoch.
+set. Those of DKD are of the best epoch, means over 5 runs (ImageNet: 3); the others on CIFAR-100 were taken over from
+the authors of the benchmark (HobbitLong/RepDistiller), who report the last epoch.
 """
 
 import os

@@ -66,7 +66,12 @@ def test_a_random_part_of_an_image_is_resized() -> None:
     # An area of 8 to 100 %, with sides as 3 to 4 at most: widths of 38 to 179 pixels of 200, where the height fits.
     assert widths.min() < 60
     assert 120 < widths.max() < 180
-    wide = Image.new("RGB", (400, 10))  # of which no such part is found but by luck
-    assert images.random_resized_crop(wide, 16).size == (16, 16)
+    # Of these no such part is found: the middle it is, 13 by 10 and 10 by 13 pixels.
+    colours = np.arange(255, dtype=np.uint8) * np.ones((10, 1), dtype=np.uint8)
+    for turned in (False, True):
+        long = Image.fromarray(np.stack([colours.T if turned else colours] * 3, axis=-1))
+        view = np.asarray(images.random_resized_crop(long, 130))[..., 0].astype(float)
+        assert view.shape == (130, 130)
+        assert (view.min(), view.max()) == (121, 133)
     options = images.AugmentationArguments(random_crop_padding=0, rand_augment_layers=0, random_resized_crop=24)
     assert images.augment(image, options).size == (24, 24)
