@@ -28,7 +28,7 @@ def last_checkpoint(output_dir: str | os.PathLike[str]) -> str | None:
     for _, file in sorted(steps.items(), reverse=True):
         try:
             json.loads(file.read_text(encoding="utf-8"))
-        except ValueError:  # empty, or cut off
+        except (OSError, ValueError):  # empty, cut off, or deleted by the run that trains there
             continue
         return str(file.parent)
     return None

@@ -13,6 +13,7 @@ and teacher in `paper_trainer.py` and `paper_teacher.py`; `paper_folders.py` see
 """
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ import common
 from accelerate import PartialState
 from common import fail, parse
 from paper_data import load
-from paper_folders import checkpoint_to_resume, finished, kept_for
+from paper_folders import checkpoint_to_resume, finished, kept_for, on_main, refuse_another
 from paper_options import PaperArguments, PaperTrainingArguments, is_harmless, refuse_what_is_not_followed
 from paper_presets import PAIRS
 from paper_teacher import check_classes, load_teacher, make_ready, teacher_path
@@ -50,7 +51,7 @@ def build(
     with common.loading("student", start):
         auto = AutoModelForImageClassification
         model = make_model(PAIRS[args.pair].student, images.names) if start is None else auto.from_pretrained(start)
-        check_classes(f"the student {start}", model.config, images)
+        check_classes(f"the student {start}", model.config, images, same_order=True)
     args.teacher_model_name_or_path = None  # it is loaded
     trainer = make_trainer(model, images, args, [limit] if limit else [], teacher)
     args.teacher_model_name_or_path = path  # for results.json
@@ -80,10 +81,16 @@ def main() -> None:
     if args.torch_compile or args.teacher_compile:
         settle_compilation()
     learned = {name: value for name, value in settings.items() if not is_harmless(name)}
-    limit = TimeLimit(data.minutes) if data.minutes else None
     learned |= {"processes": args.world_size, "mixed_precision": args.mixed_precision}
-    with kept_for(args.output_dir, learned, limit):
-        if finished(args.output_dir) and (output / "results.json").exists():
+    limit = TimeLimit(data.minutes) if data.minutes else None
+
+    def is_done() -> bool:
+        return finished(args.output_dir) and (output / "results.json").exists()
+
+    if there := on_main(is_done):
+        refuse_another(args.output_dir, learned)
+    with nullcontext() if there else kept_for(args.output_dir, learned, limit):
+        if there or on_main(is_done):
             PartialState().print(f"The training in {output} is done: its results stay as they are.")
         else:
             args.resume_from_checkpoint = checkpoint_to_resume(args.output_dir, args.resume_from_checkpoint)

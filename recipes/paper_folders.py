@@ -16,8 +16,8 @@ from safetensors import SafetensorError, safe_open
 
 from hf_dkd.time_limit import TimeLimit, last_checkpoint, stop_script
 
-# Where runs of one training may differ once it is finished, and not before.
-HOW_IT_RUNS = frozenset({"processes", "mixed_precision"})
+# What may differ once a training is finished, and not before. A batch is divided among processes.
+HOW_IT_RUNS = frozenset({"processes", "batch_size", "mixed_precision"})
 
 
 def finished(folder: str) -> bool:

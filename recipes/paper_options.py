@@ -120,8 +120,8 @@ HARMLESS = {
     "dataloader_persistent_workers", "dataloader_prefetch_factor", "disable_tqdm", "report_to", "run_name",
 }  # fmt: skip
 HARMLESS_BEGINNINGS = ("logging_", "log_", "save_")
-# The same, of a run alone.
-_OF_THE_RUN = ("minutes", "output_dir", "resume_from_checkpoint", "eval_with_teacher", "push_to_hub")
+# The same, of a run alone. Its precision is kept as `mixed_precision`, which the launcher may set too.
+_OF_THE_RUN = ("minutes", "output_dir", "resume_from_checkpoint", "eval_with_teacher", "push_to_hub", "bf16", "fp16")
 
 
 def is_harmless(name: str) -> bool:

@@ -108,18 +108,29 @@ def load_teacher(path: str, images: Images, args: PaperTrainingArguments) -> Tea
         return Teacher(model, label_names=None if PAIRS[args.pair].schedule is CIFAR else images.names)
 
 
-def check_classes(name: str, config: Any, images: Images) -> None:
-    """Stop with one line for a model of other classes than the data's."""
+def check_classes(name: str, config: Any, images: Images, same_order: bool = False, other_names: bool = False) -> None:
+    """Stop with one line for a model of other classes than the data's, which may be in another order.
+
+    With `same_order` they may not. With `other_names`, and where they are LABEL_0 and so on, only their number counts.
+    """
     if config.num_labels != len(images.names):
         fail(
             f"{name} has {config.num_labels} classes and the data {len(images.names)}: give one that was trained on "
             "this data."
         )
+    told = [config.id2label[number] for number in sorted(config.id2label)]
+    same = told == images.names if same_order else {*told} == {*images.names}
+    if not (same or other_names or told[0].startswith("LABEL_")):
+        first = next(pair for pair in zip(told, images.names, strict=True) if pair[0] != pair[1])
+        fail(
+            f"{name} names other classes than the data, such as {first[0]!r} for {first[1]!r}: if they are the same, "
+            "write the data's names into id2label of its config.json."
+        )
 
 
 def check_config(path: str, config: Any, images: Images, args: PaperTrainingArguments) -> None:
     """Stop with one line for a teacher of other classes than the data's, or of another architecture than the pair's."""
-    check_classes(f"the teacher {path}", config, images)
+    check_classes(f"the teacher {path}", config, images, other_names=PAIRS[args.pair].schedule is not CIFAR)
     name = PAIRS[args.pair].teacher
     if name not in ARCHITECTURES or args.other_teacher:
         return

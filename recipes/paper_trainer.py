@@ -32,12 +32,20 @@ class PaperTrainer(DKDTrainer):
         return self.lr_scheduler
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """Trainer's, but from a checkpoint at the end of this training no step is taken."""
+        checkpoint = resume_from_checkpoint
+        if not isinstance(checkpoint, str):
+            return super().train(checkpoint, *args, **kwargs)
+        state = TrainerState.load_from_json(f"{checkpoint}/trainer_state.json")
+        if state.epoch is None or state.epoch < self.args.num_train_epochs:
+            return super().train(checkpoint, *args, **kwargs)
         # From the end of half an epoch Trainer would go on for one step more.
-        state = resume_from_checkpoint and TrainerState.load_from_json(f"{resume_from_checkpoint}/trainer_state.json")
-        if not state or state.global_step < state.max_steps:
-            return super().train(resume_from_checkpoint, *args, **kwargs)
-        self._load_from_checkpoint(resume_from_checkpoint)
+        self._load_from_checkpoint(checkpoint)
         self.state = state
+        if self.args.load_best_model_at_end and state.best_model_checkpoint:
+            self._load_best_model()
+        if not any("eval_accuracy" in entry and entry["epoch"] == state.epoch for entry in state.log_history):
+            self.evaluate()  # with save_strategy steps the checkpoint is written before
         return TrainOutput(state.global_step, 0.0, {})
 
     # Steps are so short here that it shows what Trainer does in each beside training.

@@ -130,6 +130,31 @@ def test_a_training_goes_on_as_it_began(name: str, options: dict[str, Any], begu
     file.write_text(json.dumps(settings | {name: there}))
     with pytest.raises(SystemExit, match=f"out holds a training with {name} {there} and not {settings[name]}: start"):
         run_here("paper_cifar100", **options, output_dir=folder)
+    file.write_text(json.dumps(settings))
+    run_here("paper_cifar100", **options, output_dir=folder)
+    file.write_text(json.dumps(settings | {name: there}))
+    run_here("paper_cifar100", **options, output_dir=folder)  # it is finished, however it ran
+
+
+def test_a_longer_training_goes_on_from_the_end_of_a_shorter_one(
+    options: dict[str, Any], begun: Path, tmp_path: Path
+) -> None:
+    run_here("paper_cifar100", **options | {"num_train_epochs": 1}, output_dir=tmp_path / "one")
+    given = options | {"resume_from_checkpoint": tmp_path / "one/checkpoint-4", "output_dir": tmp_path / "out"}
+    run_here("paper_cifar100", **given)
+    assert step_of(tmp_path / "out") == 8
+
+
+def test_the_last_epoch_is_evaluated_after_a_kill_before_it_was(options: dict[str, Any], tmp_path: Path) -> None:
+    given = options | {"save_strategy": "steps", "save_steps": 4, "output_dir": tmp_path / "out"}
+    results = run_here("paper_cifar100", **given)
+    for name in ("results.json", "trainer_state.json"):
+        (tmp_path / "out" / name).unlink()
+    again = run_here("paper_cifar100", **given)
+    assert again["metrics"]["test"]["accuracy"] == results["metrics"]["test"]["accuracy"]
+    history = json.loads((tmp_path / "out/trainer_state.json").read_text())["log_history"]
+    epochs = {entry["epoch"]: entry["eval_accuracy"] for entry in history if "eval_accuracy" in entry}
+    assert epochs[2] == again["metrics"]["test"]["accuracy"]
 
 
 def test_another_training_is_refused_while_one_runs(options: dict[str, Any], begun: Path, tmp_path: Path) -> None:
@@ -137,7 +162,7 @@ def test_another_training_is_refused_while_one_runs(options: dict[str, Any], beg
     folder.mkdir()
     shutil.copy(begun / "training.json", folder)  # as one that trains its teacher first
     with FileLock(folder / "_training.lock"), pytest.raises(SystemExit, match="a training with seed None and not 3"):
-        run_here("paper_cifar100", **options, output_dir=folder, seed=3)
+        run_here("paper_cifar100", **options, output_dir=folder, seed=3, minutes=1 / 60)
 
 
 def test_several_gpus_in_one_process_are_refused(

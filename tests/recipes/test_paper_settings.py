@@ -204,9 +204,9 @@ def test_what_would_be_ignored_is_refused_first(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_warm_up_of_kd_is_for_kd(digits: dict[str, Any], tmp_path: Path) -> None:
+def test_a_warm_up_of_kd_is_for_kd(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="kd_warmup is for kd, and distillation is dkd"):
-        built("paper_cifar100", **SMALL, **digits, kd_warmup=True, output_dir=tmp_path)
+        recipe("paper_options").PaperTrainingArguments(str(tmp_path), kd_warmup=True, use_cpu=True)
 
 
 def test_epochs_are_above_zero(digits: dict[str, Any], tmp_path: Path) -> None:

@@ -42,6 +42,7 @@ def test_figures_are_those_of_the_paper() -> None:
         ({"dkd_beta": 8.0, "num_train_epochs": 60.0, "bf16": True, "logging_steps": 10, "seed": 3}, "dkd"),
         ({"distillation": "kd", "dkd_alpha": 0.9}, "kd"),
         ({"dkd_alpha": 0.0, "dkd_beta": 0.0, "teacher_epochs": 3.0}, "cross-entropy"),
+        ({"torch_compile_mode": "max-autotune", "full_determinism": True, "ddp_backend": "nccl"}, "dkd"),
         ({"dkd_beta": 6.0}, None),
         ({"dkd_alpha": 0.0, "dkd_beta": 0.0, "label_noise": 0.1}, None),
         ({"per_device_train_batch_size": 256}, None),

@@ -168,6 +168,17 @@ def test_classes_of_a_teacher_are_told_by_their_names(digits: dict[str, Any], tm
     config.save_pretrained(teacher)
     trainer, _ = built("paper_cifar100", **SMALL, **digits, teacher_model_name_or_path=teacher, output_dir=tmp_path)
     assert trainer.teacher.class_names == [str(9 - number) for number in range(10)]
+    options = SMALL | digits | {"output_dir": tmp_path}
+    with pytest.raises(SystemExit, match=r"the student .* names other classes than the data, such as '9' for '0'"):
+        built("paper_cifar100", **options, student_model_name_or_path=teacher, dkd_alpha=0.0, dkd_beta=0.0)
+    config.id2label[3] = "six"
+    config.save_pretrained(teacher)
+    with pytest.raises(SystemExit, match=r"the teacher .* names other classes than the data, such as '9' for '0': if"):
+        built("paper_cifar100", **options, teacher_model_name_or_path=teacher)
+    config.id2label = {number: f"LABEL_{number}" for number in range(10)}
+    config.label2id = {f"LABEL_{number}": number for number in range(10)}
+    config.save_pretrained(teacher)
+    built("paper_cifar100", **options, teacher_model_name_or_path=teacher)
 
 
 def test_a_folder_without_weights_is_told_as_what_it_is(digits: dict[str, Any], tmp_path: Path) -> None:
