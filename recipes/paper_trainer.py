@@ -42,6 +42,7 @@ class PaperTrainer(DKDTrainer):
         # From the end of half an epoch Trainer would go on for one step more.
         self._load_from_checkpoint(checkpoint)
         self.state = state
+        state.is_world_process_zero = self.is_world_process_zero()
         if self.args.load_best_model_at_end and state.best_model_checkpoint:
             self._load_best_model()
         if not any("eval_accuracy" in entry and entry["epoch"] == state.epoch for entry in state.log_history):

@@ -63,13 +63,13 @@ def assert_same_step(actual: dict[str, Any], whole: dict[str, Any]) -> None:
 
 
 def assert_same_gradients(actual: dict[str, torch.Tensor], gradients: dict[str, torch.Tensor]) -> None:
-    """Every parameter's to 1e-5; 1e-8 of the whole is rounding, where a parameter's gradient cancels to nothing."""
+    """Every parameter's to 1e-5; 1e-7 of the whole is rounding, where a parameter's gradient cancels to nothing."""
     assert actual.keys() == gradients.keys()
     whole = torch.stack([gradient.norm() for gradient in gradients.values()]).norm()
     assert whole > 1e-4
     for name, gradient in gradients.items():
         error = (actual[name] - gradient).norm()
-        assert error <= 1e-5 * gradient.norm() + 1e-8 * whole, f"{name}: {error:.2e} of {gradient.norm():.2e}"
+        assert error <= 1e-5 * gradient.norm() + 1e-7 * whole, f"{name}: {error:.2e} of {gradient.norm():.2e}"
 
 
 def test_the_gradient_is_the_oracles(name: str, whole: dict[str, Any]) -> None:
