@@ -75,10 +75,10 @@ def random_resized_crop(image: Image, size: int) -> Image:
         if 0 < width <= image.width and 0 < height <= image.height:
             left = int(torch.randint(image.width - width + 1, ()))
             top = int(torch.randint(image.height - height + 1, ()))
-            return image.resize((size, size), Resampling.BILINEAR, box=(left, top, left + width, top + height))
-    # An image too long for such parts: the longest one in its middle, as in torchvision.
-    width, height = min(image.width, round(image.height * 4 / 3)), min(image.height, round(image.width * 4 / 3))
-    left, top = (image.width - width) // 2, (image.height - height) // 2
+            break
+    else:  # an image too long for such parts: the longest one in its middle, as in torchvision
+        width, height = min(image.width, round(image.height * 4 / 3)), min(image.height, round(image.width * 4 / 3))
+        left, top = (image.width - width) // 2, (image.height - height) // 2
     return image.resize((size, size), Resampling.BILINEAR, box=(left, top, left + width, top + height))
 
 

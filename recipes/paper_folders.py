@@ -58,7 +58,6 @@ def reserve(folder: str, settings: dict[str, Any]) -> None:
     if _has_begun(folder):
         return
     file = Path(folder, "training.json")
-    file.parent.mkdir(parents=True, exist_ok=True)
     written = file.with_suffix(f".{os.getpid()}")
     written.write_text(json.dumps(settings, indent=2, default=str))
     written.replace(file)  # other processes read it
