@@ -18,12 +18,13 @@ from pathlib import Path
 from typing import Any
 
 import common
+import torch
 from accelerate import PartialState
 from common import fail, parse
 from paper_data import load
 from paper_folders import checkpoint_to_resume, finished, kept_for, on_main, refuse_another
 from paper_options import PaperArguments, PaperTrainingArguments, is_harmless, refuse_what_is_not_followed
-from paper_presets import PAIRS
+from paper_presets import CIFAR, PAIRS
 from paper_teacher import check_classes, load_teacher, make_ready, teacher_path
 from paper_trainer import PaperTrainer, make_model, make_trainer, settle_compilation
 from transformers import AutoModelForImageClassification, set_seed
@@ -51,7 +52,8 @@ def build(
     with common.loading("student", start):
         auto = AutoModelForImageClassification
         model = make_model(PAIRS[args.pair].student, images.names) if start is None else auto.from_pretrained(start)
-        check_classes(f"the student {start}", model.config, images, same_order=True)
+        other_names = PAIRS[args.pair].schedule is not CIFAR
+        check_classes(f"the student {start}", model.config, images, same_order=True, other_names=other_names)
     args.teacher_model_name_or_path = None  # it is loaded
     trainer = make_trainer(model, images, args, [limit] if limit else [], teacher)
     args.teacher_model_name_or_path = path  # for results.json
@@ -100,6 +102,9 @@ def main() -> None:
     if args.process_index == 0:
         last, best, epoch = accuracies(json.loads((output / "trainer_state.json").read_text())["log_history"])
         print(f"Accuracy: last epoch {100 * last:.2f} %, best epoch {100 * best:.2f} % (epoch {epoch:g}).")
+    if torch.distributed.is_initialized():  # no trainer has ended the processes together
+        PartialState().wait_for_everyone()
+        PartialState().destroy_process_group()
 
 
 if __name__ == "__main__":

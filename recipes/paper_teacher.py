@@ -118,7 +118,7 @@ def check_classes(name: str, config: Any, images: Images, same_order: bool = Fal
             f"{name} has {config.num_labels} classes and the data {len(images.names)}: give one that was trained on "
             "this data."
         )
-    told = [config.id2label[number] for number in sorted(config.id2label)]
+    told = [str(config.id2label[number]) for number in sorted(config.id2label)]
     same = told == images.names if same_order else {*told} == {*images.names}
     if not (same or other_names or told[0].startswith("LABEL_")):
         first = next(pair for pair in zip(told, images.names, strict=True) if pair[0] != pair[1])

@@ -37,7 +37,8 @@ class PaperTrainer(DKDTrainer):
         if not isinstance(checkpoint, str):
             return super().train(checkpoint, *args, **kwargs)
         state = TrainerState.load_from_json(f"{checkpoint}/trainer_state.json")
-        if state.epoch is None or state.epoch < self.args.num_train_epochs:
+        # A shorter training may have ended there; and with accumulation the epochs may be over before the last step.
+        if state.epoch is None or state.epoch < self.args.num_train_epochs or state.global_step < state.max_steps:
             return super().train(checkpoint, *args, **kwargs)
         # From the end of half an epoch Trainer would go on for one step more.
         self._load_from_checkpoint(checkpoint)

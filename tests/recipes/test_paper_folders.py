@@ -120,6 +120,24 @@ def test_a_training_of_half_an_epoch_does_not_go_on_beyond_its_end(options: dict
         assert torch.equal(value, before[name]), name
 
 
+def test_a_training_whose_epochs_are_over_before_its_last_step_takes_it(
+    options: dict[str, Any], tmp_path: Path
+) -> None:
+    """Of three quarters of an epoch of four batches, three make the first step."""
+    given = options | {"num_train_epochs": 0.75, "gradient_accumulation_steps": 3, "output_dir": tmp_path / "out"}
+    given |= {"save_strategy": "steps", "save_steps": 1, "save_total_limit": 2}
+    run_here("paper_cifar100", **given)
+    before = weights(tmp_path / "out")
+    shutil.rmtree(tmp_path / "out/checkpoint-2")
+    for name in ("results.json", "trainer_state.json"):
+        (tmp_path / "out" / name).unlink()
+    run_here("paper_cifar100", **given)
+    state = json.loads((tmp_path / "out/trainer_state.json").read_text())
+    assert state["global_step"] == state["max_steps"] == 2
+    for name, value in weights(tmp_path / "out").items():
+        assert torch.equal(value, before[name]), name
+
+
 @pytest.mark.parametrize("name", ["processes", "mixed_precision"])
 def test_a_training_goes_on_as_it_began(name: str, options: dict[str, Any], begun: Path, tmp_path: Path) -> None:
     folder = copy(begun, tmp_path)
